@@ -1,0 +1,11 @@
+"""dar_fast: the engine for D-AR, "Diffusion via Autoregressive Models" (arXiv 2505.23660).
+
+Shapes use one glossary everywhere:
+    B batch, N tokens, D width, H heads, Dh head width, K groups, Q tokens a group, V codes, P patch,
+    R image resolution, S denoising steps, M rows, C channels of a code, F hidden width of an MLP.
+"""
+
+from dar_fast.pipeline import DARPipeline
+
+__all__ = ["DARPipeline"]
+__version__ = "0.1.0"
