@@ -1,0 +1,16 @@
+"""dar_kernels: the ops of dar_fast, one a file; they know nothing of models."""
+
+from dar_kernels import vq_nearest as _vq_nearest_op
+from dar_kernels.dispatch import Choice, UnavailableError
+from dar_kernels.dispatch import report as _report
+from dar_kernels.vq_nearest import vq_nearest
+
+OPS = (_vq_nearest_op.OP,)
+
+
+def report(devices: tuple[str, ...] = ("cpu", "cuda")) -> dict[str, dict[str, Choice]]:
+    """For each op and device type, what runs fp32 input, and why the others do not."""
+    return _report(OPS, devices)
+
+
+__all__ = ["OPS", "Choice", "UnavailableError", "report", "vq_nearest"]

@@ -1,0 +1,110 @@
+"""Which implementation of an op runs: by device and dtype, or the one the caller named, no other.
+
+An op lists its implementations in order of preference; each says why it cannot run here, or None.
+The cost is a few attribute reads a call; what is installed is looked up once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class UnavailableError(RuntimeError):
+    """The implementation that the caller named cannot run here; the message says what to do."""
+
+
+def _installed() -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Implementation(Generic[P, R_co]):
+    """One way to compute an op.
+
+    Args:
+        name: `torch`, `native` or `triton`.
+        run: the function; every implementation of an op takes the same arguments.
+        devices: device types it runs on; empty: all.
+        dtypes: dtypes it takes; empty: all that the op takes.
+        missing: why it is not installed, and how to get it; None where it is.
+    """
+
+    name: str
+    run: Callable[P, R_co]
+    devices: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+    missing: Callable[[], str | None] = _installed
+
+    def why_not(self, device: str, dtype: torch.dtype) -> str | None:
+        """The reason it cannot run on this device type and dtype, or None."""
+        if self.devices and device not in self.devices:
+            return f"runs on {', '.join(self.devices)} only"
+        if self.dtypes and dtype not in self.dtypes:
+            return f"takes {', '.join(str(d) for d in self.dtypes)} only"
+        return self.missing()
+
+
+class Choice(NamedTuple):
+    """What runs an op on one device, and what stands against each other implementation."""
+
+    implementation: str
+    others: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op(Generic[P, R_co]):
+    """An op's implementations, the preferred one first; the last one runs everywhere."""
+
+    name: str
+    implementations: tuple[Implementation[P, R_co], ...]
+
+    def choose(
+        self, device: str, dtype: torch.dtype, implementation: str | None = None
+    ) -> Implementation[P, R_co]:
+        """The implementation that `implementation` names, or the first that can run.
+
+        Raises:
+            ValueError: where no implementation has that name.
+            UnavailableError: where the named one cannot run on this device and dtype, or none can.
+        """
+        reasons: dict[str, str] = {}
+        for candidate in self.implementations:
+            if implementation is not None and candidate.name != implementation:
+                continue
+            reason = candidate.why_not(device, dtype)
+            if reason is None:
+                return candidate
+            reasons[candidate.name] = reason
+        if implementation is not None and not reasons:
+            names = ", ".join(i.name for i in self.implementations)
+            raise ValueError(
+                f"{self.name}: expected implementation one of {names}, got {implementation!r}"
+            )
+        what = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise UnavailableError(f"{self.name} on {device} in {dtype}: {what}")
+
+    def explain(self, device: str, dtype: torch.dtype) -> Choice:
+        """The choice without a named implementation, and why not each other one."""
+        chosen = self.choose(device, dtype).name
+        return Choice(
+            chosen,
+            {
+                i.name: i.why_not(device, dtype) or f"{chosen} is preferred"
+                for i in self.implementations
+                if i.name != chosen
+            },
+        )
+
+
+def report(
+    ops: Sequence[Op[..., object]],
+    devices: Sequence[str] = ("cpu", "cuda"),
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, dict[str, Choice]]:
+    """For each op and device type, what will run and why the others will not."""
+    return {op.name: {device: op.explain(device, dtype) for device in devices} for op in ops}

@@ -1,0 +1,125 @@
+"""code = argmin_v ‖ẑ − ê_v‖², ẑ and ê the l2-normalised rows of z [M, C] and codebook [V, C].
+
+Ties go to the lowest v. Compute bound: 2·M·V·C FLOPs. Reads (M + V)·C·itemsize bytes, writes 8·M;
+the [M, V] distances never exist.
+Source: D-AR (arXiv 2505.23660), the tokenizer's quantizer.
+"""
+
+import torch
+from torch import Tensor
+
+from dar_kernels.dispatch import Implementation, Op
+
+EPS = 1e-12  # smallest norm divided by, as torch.nn.functional.normalize
+TILE_M = 2048  # scores of one tile: 2048·1024·4 bytes, which a CPU's second-level cache and L3 hold
+TILE_V = 1024
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows over max(norm, EPS), and their squared norms then: exactly 1 unless it was below EPS."""
+    norm = x.norm(dim=-1, keepdim=True)
+    scale = norm.clamp_min(EPS)
+    return x / scale, (norm / scale).square().squeeze(-1)
+
+
+def vq_nearest_ref(z: Tensor, codebook: Tensor) -> Tensor:
+    """The definition, in whatever dtype it is given; in fp64 it is the truth the tests use."""
+    z, z_square = _unit(z)
+    codebook, square = _unit(codebook)
+    distance = z_square[:, None] + square - 2 * z @ codebook.T  # [M, V]
+    return torch.where(distance.isnan(), torch.inf, distance).argmin(-1)
+
+
+def _normalise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit rows (0 where not finite), half their squared norms, and which rows are not finite.
+
+    Norms are taken in fp64: an fp32 row of any finite size neither overflows nor vanishes.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
+    scale = norm.clamp_min(EPS)
+    bad = ~norm.isfinite()
+    unit = torch.where(bad, 0, x / scale).to(dtype)
+    return unit, (0.5 * (norm / scale).square()).to(dtype).squeeze(-1), bad.squeeze(-1)
+
+
+def _tiled(z: Tensor, codebook: Tensor) -> Tensor:
+    """PyTorch on any device: a running best over tiles of the codebook, for TILE_M rows at a time.
+
+    Maximises ẑ·ê − ‖ê‖²/2. Every tile is as wide as the first (padded with entries that never win),
+    so equal entries meet the same matrix product and score the same bits.
+    """
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    entries, half, bad = _normalise(codebook, dtype)
+    pad = -len(entries) % min(TILE_V, 64 * -(-len(entries) // 64))
+    entries = torch.nn.functional.pad(entries, (0, 0, 0, pad))  # [V + pad, C]
+    bias = torch.nn.functional.pad(
+        half.neg().masked_fill(bad, -torch.inf), (0, pad), value=-torch.inf
+    )
+    codes = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    for first in range(0, len(z), TILE_M):
+        rows, _, bad = _normalise(z[first : first + TILE_M], dtype)
+        best = torch.full((len(rows),), -torch.inf, dtype=dtype, device=z.device)
+        code = codes[first : first + TILE_M]
+        for start in range(0, len(entries), TILE_V):
+            stop = start + TILE_V
+            score, index = torch.addmm(bias[start:stop], rows, entries[start:stop].T).max(-1)
+            better = score > best
+            best = torch.where(better, score, best)
+            code.copy_(torch.where(better, index + start, code))
+        code.masked_fill_(bad, 0)
+    return codes
+
+
+OP = Op(name="vq_nearest", implementations=(Implementation(name="torch", run=_tiled),))
+
+
+@torch.library.custom_op("dar::vq_nearest", mutates_args=())
+def _vq_nearest(z: Tensor, codebook: Tensor, implementation: str | None) -> Tensor:
+    chosen = OP.choose(z.device.type, z.dtype, implementation)
+    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        return chosen.run(z, codebook)
+
+
+@_vq_nearest.register_fake
+def _(z: Tensor, codebook: Tensor, implementation: str | None) -> Tensor:
+    return z.new_empty(z.shape[0], dtype=torch.int64)
+
+
+def vq_nearest(z: Tensor, codebook: Tensor, *, implementation: str | None = None) -> Tensor:
+    """The nearest codebook entry of each row, both l2-normalised, in fp32 (fp64 for fp64 input).
+
+    A row whose norm is below 1e-12 is divided by 1e-12 instead; a row of zeros is as near to every
+    unit entry, so its code is the lowest. A row with NaN or infinity has code 0; a codebook entry
+    with one is never chosen while another can be.
+
+    Args:
+        z: `[M, C]`, floating point, M ≥ 0, any strides.
+        codebook: `[V, C]`, V ≥ 1, of the dtype and on the device of `z`.
+        implementation: `torch` or `native`; None: the first that can run.
+
+    Returns:
+        int64 `[M]` in [0, V). Not differentiable.
+
+    Raises:
+        TypeError: where an argument is no floating point tensor.
+        ValueError: where shapes, dtypes or devices do not fit, or no implementation has that name.
+        UnavailableError: where the named implementation cannot run here.
+    """
+    for name, tensor in (("z", z), ("codebook", codebook)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"vq_nearest: expected {name} a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"vq_nearest: expected {name} in one of {DTYPES}, got {tensor.dtype}")
+    if z.ndim != 2 or z.shape[1] < 1:
+        raise ValueError(f"vq_nearest: expected z [M, C >= 1], got {list(z.shape)}")
+    if codebook.ndim != 2 or codebook.shape[1] != z.shape[1] or codebook.shape[0] < 1:
+        raise ValueError(
+            f"vq_nearest: expected codebook [V >= 1, {z.shape[1]}], got {list(codebook.shape)}"
+        )
+    if codebook.dtype != z.dtype:
+        raise ValueError(f"vq_nearest: expected codebook in {z.dtype}, got {codebook.dtype}")
+    if codebook.device != z.device:
+        raise ValueError(f"vq_nearest: expected codebook on {z.device}, got {codebook.device}")
+    codes: Tensor = _vq_nearest(z, codebook, implementation)
+    return codes
