@@ -5,7 +5,4 @@ Shapes use one glossary everywhere:
     R image resolution, S denoising steps, M rows, C channels of a code, F hidden width of an MLP.
 """
 
-from dar_fast.pipeline import DARPipeline
-
-__all__ = ["DARPipeline"]
 __version__ = "0.1.0"

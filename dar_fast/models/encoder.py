@@ -1,0 +1,45 @@
+"""Image to pre-quantised codes: p = LN(patchify image); [p ; queries] through masked blocks; queries to C channels.
+
+Patches see all patches and no query; query i sees all patches and the queries up to i. 24 (P + N) D^2 FLOPs a
+block for P patches. Source: arXiv 2505.23660, §3.1.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dar_fast.config import TokenizerConfig
+from dar_fast.models.layers import GatedBlock, Rotary2D, layer_norm
+
+
+class Encoder(nn.Module):
+    """`[B, 3, R, R]` in [-1, 1] to `[B, N, D]`: one normalised row a query."""
+
+    def __init__(self, config: TokenizerConfig, gate_init: float = 0.0) -> None:
+        super().__init__()
+        D, P = config.encoder_dim, config.patch_size
+        self.num_tokens = config.num_tokens
+        self.grid = config.image_size // P
+        self.patchify = nn.Conv2d(3, D, P, stride=P)
+        self.query_embedding = nn.Embedding(config.query_table, config.code_dim)
+        self.query_linear = nn.Linear(config.code_dim, D)
+        self.layers = nn.ModuleList(
+            GatedBlock(D, config.head_dim, gate_init) for _ in range(config.encoder_depth)
+        )
+        self.rotary = Rotary2D(self.grid, self.grid, config.head_dim, identity=config.num_tokens)
+
+    def mask(self, device: torch.device) -> Tensor:
+        """`[P + N, P + N]`, true where the row looks at the column."""
+        P, N = self.grid**2, self.num_tokens
+        mask = torch.ones(P + N, P + N, dtype=torch.bool, device=device).tril()
+        mask[:P, :P] = True
+        return mask
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = layer_norm(self.patchify(images).flatten(2).transpose(1, 2))  # [B, P, D]
+        queries = self.query_linear(self.query_embedding.weight[: self.num_tokens])  # [N, D]
+        queries = queries.to(patches.dtype).expand(len(images), -1, -1)
+        x = torch.cat((patches, queries), dim=1)  # [B, P + N, D]
+        tables, mask = self.rotary.tables(x.device), self.mask(x.device)
+        for layer in self.layers:
+            x = layer(x, tables, mask)
+        return layer_norm(x[:, -self.num_tokens :])

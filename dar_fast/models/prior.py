@@ -1,0 +1,298 @@
+"""The prior: a Llama over codes. x_0 = class_embedding[y], x_{i+1} = token_embedding[z_i]; logits at p predict code p.
+
+x += W_o attention(RMSNorm x); x += W_2 (silu(W_1 h) * W_3 h). Decoding reads every weight once a code for both
+guidance rows. Source: arXiv 2505.23660, §3.3; REFERENCE §2.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dar_fast.config import PriorConfig
+from dar_fast.models.layers import Rotary, rope_angles, rotate
+from dar_fast.sampling import (
+    GuidanceScale,
+    Sampling,
+    choose,
+    gumbel_noise,
+    guide,
+    resolve_seeds,
+)
+
+INIT_STD = 0.02
+
+
+class KVCache:
+    """Keys and values of every layer, `[B, Hkv, N, Dh]` each, filled from the left up to `length`."""
+
+    def __init__(self, config: PriorConfig, batch: int, device: torch.device, dtype: torch.dtype):
+        shape = (batch, config.key_value_heads, config.num_tokens, config.head_dim)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.depth)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.depth)]
+        self.length = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write `[B, Hkv, n, Dh]` behind `length`; all keys and values so far."""
+        end = self.length + keys.shape[2]
+        self.keys[layer][:, :, self.length : end] = keys
+        self.values[layer][:, :, self.length : end] = values
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class RMSNorm(nn.Module):
+    """x rsqrt(mean x^2 + eps), in fp32, cast back, then times the scale."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+class Rotary1D(Rotary):
+    """Angles of positions 0 … N - 1, computed in fp32 as published."""
+
+    def __init__(self, num_tokens: int, head_dim: int, base: float) -> None:
+        super().__init__()
+        self.num_tokens, self.head_dim, self.base = num_tokens, head_dim, base
+
+    def angles(self, device: torch.device) -> Tensor:
+        positions = torch.arange(self.num_tokens, dtype=torch.float32, device=device)
+        return rope_angles(positions, self.head_dim, self.base)
+
+
+class PriorAttention(nn.Module):
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.heads, config.key_value_heads
+        self.head_dim = config.head_dim
+        self.qkv = nn.Linear(
+            config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False
+        )
+        self.proj = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(
+        self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, layer: int
+    ) -> Tensor:
+        H, Hkv = self.heads, self.kv_heads
+        q, k, v = (
+            self.qkv(x)
+            .unflatten(-1, (H + 2 * Hkv, self.head_dim))
+            .transpose(1, 2)
+            .split((H, Hkv, Hkv), dim=1)
+        )  # [B, H, n, Dh]
+        q, k = rotate(q, tables), rotate(k, tables)
+        n, mask = x.shape[1], None
+        if cache is not None:
+            past = cache.length
+            k, v = cache.append(layer, k, v)
+            if past and n > 1:
+                mask = torch.ones(n, past + n, dtype=torch.bool, device=x.device).tril(past)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and n > 1, enable_gqa=H != Hkv
+        )
+        return self.proj(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden_dim, bias=False)
+        self.up = nn.Linear(dim, hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+
+class PriorBlock(nn.Module):
+    def __init__(self, config: PriorConfig, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = PriorAttention(config)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = SwiGLU(config.dim, config.hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, layer: int
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), tables, cache, layer))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
+
+
+class Prior(nn.Module):
+    """Distribution of the codes of a picture given its class.
+
+    Args:
+        config: sizes.
+        dropout: on embeddings, attention output and MLP output, while training; published: 0.1.
+    """
+
+    def __init__(self, config: PriorConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.class_embedding = nn.Embedding(config.num_classes + 1, config.dim)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(PriorBlock(config, dropout) for _ in range(config.depth))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.rotary = Rotary1D(config.num_tokens, config.head_dim, config.rope_base)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=INIT_STD)
+        nn.init.zeros_(self.head.weight)
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    def hidden(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Normalised last hidden rows `[B, n, D]` of embedded inputs `[B, n, D]`, behind a cache if given."""
+        start = cache.length if cache is not None else 0
+        end = start + x.shape[1]
+        cos, sin = self.rotary.tables(x.device)
+        x = self.dropout(x)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, (cos[start:end], sin[start:end]), cache, i)
+        if cache is not None:
+            cache.length = end
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def embed(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """Inputs `[B, 1 + n, D]`: the class, then codes `[B, n]`."""
+        return torch.cat((self.class_embedding(labels)[:, None], self.token_embedding(codes)), 1)
+
+    def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """Logits `[B, n, V]` fp32 of codes `[B, n]`, n ≤ N, for labels `[B]`.
+
+        Position p is the distribution of code p given the codes before it; the last code is not read.
+
+        Raises:
+            ValueError: where a shape or a range does not fit.
+        """
+        self.check_codes(codes, 1)
+        self.check_labels(labels, len(codes), null=True)
+        return self.head(self.hidden(self.embed(codes[:, :-1], labels))).float()  # type: ignore[no-any-return]
+
+    def check_codes(self, codes: Tensor, least: int = 0) -> None:
+        """Raise ValueError unless `codes` is `[B, n]` int64, least ≤ n ≤ N, each in [0, V)."""
+        N, V = self.config.num_tokens, self.config.vocab_size
+        if codes.ndim != 2 or not least <= codes.shape[1] <= N or codes.dtype != torch.int64:
+            raise ValueError(
+                f"codes: expected int64 [B, {least}…{N}], got {codes.dtype} {list(codes.shape)}"
+            )
+        if torch.compiler.is_compiling() or codes.is_cuda or not codes.numel():
+            return  # a range check would read back from the device
+        low, high = int(codes.min()), int(codes.max())
+        if low < 0 or high >= V:
+            raise ValueError(f"codes: expected values in [0, {V}), got {low if low < 0 else high}")
+
+    def check_labels(self, labels: Tensor, batch: int | None = None, null: bool = False) -> None:
+        """Raise ValueError unless `labels` is `[B]` int64, each a class (or the null class where allowed)."""
+        top = self.config.num_classes + null
+        if (
+            labels.ndim != 1
+            or labels.dtype != torch.int64
+            or len(labels) != (batch or len(labels))
+        ):
+            raise ValueError(
+                f"labels: expected int64 [{batch or 'B'}], got {labels.dtype} {list(labels.shape)}"
+            )
+        if torch.compiler.is_compiling() or labels.is_cuda or not labels.numel():
+            return
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= top:
+            raise ValueError(
+                f"labels: expected values in [0, {top}), got {low if low < 0 else high}"
+            )
+
+    def generate(
+        self,
+        labels: Tensor,
+        *,
+        guidance_scale: GuidanceScale = 4.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seeds: int | Sequence[int] | Tensor | None = None,
+        prefix_codes: Tensor | None = None,
+    ) -> Tensor:
+        """Codes `[B, N]` int64 drawn for labels `[B]`; see `Sampling` for the settings.
+
+        `prefix_codes` `[B, P]` fixes the first P. The result of a row depends on its seed, label and
+        settings alone.
+
+        Raises:
+            ValueError: where a setting, a shape or a range does not fit.
+        """
+        sampling = Sampling(
+            guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        N = self.config.num_tokens
+        return torch.cat(list(self.generation(labels, sampling, seeds, prefix_codes, N)), dim=1)
+
+    @torch.no_grad()
+    def generation(
+        self,
+        labels: Tensor,
+        sampling: Sampling,
+        seeds: int | Sequence[int] | Tensor | None = None,
+        prefix_codes: Tensor | None = None,
+        chunk: int = 1,
+    ) -> Iterator[Tensor]:
+        """Codes as they are drawn, `[B, chunk]` at a time; stop iterating to stop the work.
+
+        Raises:
+            ValueError: before the first chunk, where a shape or a range does not fit.
+        """
+        B, N, device = len(labels), self.config.num_tokens, self.device
+        labels = labels.to(device)
+        self.check_labels(labels)
+        if N % chunk:
+            raise ValueError(f"chunk: expected a divisor of {N}, got {chunk}")
+        if prefix_codes is None:
+            prefix_codes = labels.new_empty(B, 0)
+        self.check_codes(prefix_codes)
+        if len(prefix_codes) != B:
+            raise ValueError(f"prefix_codes: expected [{B}, P], got {list(prefix_codes.shape)}")
+        prefix = prefix_codes.to(device)
+        keys = torch.tensor(resolve_seeds(seeds, B), dtype=torch.int64, device=device)
+        scales = sampling.scales(N).tolist()
+        P = prefix.shape[1]
+        guided = any(s > 1 for s in scales[P:])
+
+        def rows(x: Tensor) -> Tensor:
+            return torch.cat((x, x)) if guided else x
+
+        classes = labels
+        if guided:
+            classes = torch.cat((labels, torch.full_like(labels, self.config.null_class)))
+        cache = KVCache(self.config, len(classes), device, self.head.weight.dtype)
+        x = self.embed(rows(prefix), classes)
+        pending = [prefix[:, i] for i in range(P)]
+        noise: Tensor | None = None
+        for p in range(N):
+            if p >= P:
+                if sampling.temperature > 0 and (noise is None or p % chunk == 0):
+                    last = p - p % chunk + chunk
+                    noise = gumbel_noise(
+                        keys, torch.arange(p, last, device=device), self.config.vocab_size
+                    )
+                    first = p
+                logits = self.head(self.hidden(x, cache)[:, -1]).float()  # [rows, V]
+                if guided:
+                    cond, uncond = logits.chunk(2)
+                    logits = guide(cond, uncond, scales[p]) if scales[p] > 1 else cond
+                code = choose(logits, None if noise is None else noise[:, p - first], sampling)
+                x = self.token_embedding(rows(code))[:, None]
+                pending.append(code)
+            if (p + 1) % chunk == 0:
+                yield torch.stack(pending[p + 1 - chunk : p + 1], dim=1)

@@ -1,0 +1,56 @@
+"""Vector quantisation: z = W_in x, both sides l2-normalised, code = the nearest codebook row, ties to the lowest.
+
+vq = mean |e - sg(z)|^2, commit = 0.25 mean |sg(e) - z|^2, straight-through gradient to z.
+2 N V C FLOPs a picture. Source: arXiv 2505.23660, §3.1 (codebook of Yu et al., 2022).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dar_fast.config import TokenizerConfig
+from dar_kernels import vq_nearest
+
+COMMITMENT = 0.25
+
+
+class Quantized(NamedTuple):
+    codes: Tensor  # [B, N] int64
+    embedding: Tensor  # [B, N, C], the normalised codeword with the straight-through gradient
+    vq: Tensor  # [B, N], codebook loss a token
+    commit: Tensor  # [B, N], commitment loss a token, weighted
+
+
+class Quantizer(nn.Module):
+    """Rows of the encoder `[B, N, D]` to codes, and codes to rows for the token decoder."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        V, C = config.codebook_size, config.code_dim
+        self.proj_in = nn.Linear(config.encoder_dim, C, bias=False)
+        self.codebook = nn.Parameter(F.normalize(torch.randn(V, C), dim=-1))
+        self.proj_out = nn.Linear(C, config.decoder_dim, bias=False)
+
+    @torch.no_grad()
+    def nearest(self, z: Tensor) -> Tensor:
+        """Codes `[B, N]` of pre-quantised rows `[B, N, C]`, which need not be normalised."""
+        return vq_nearest(z.detach().flatten(0, 1), self.codebook.detach()).view(z.shape[:2])
+
+    def quantize(self, z: Tensor) -> Quantized:
+        """Codes, straight-through embeddings and losses of pre-quantised rows `[B, N, C]`."""
+        codes = self.nearest(z)
+        z = F.normalize(z.float(), dim=-1)
+        e = F.normalize(F.embedding(codes, self.codebook).float(), dim=-1)
+        return Quantized(
+            codes,
+            z + (e - z).detach(),
+            (e - z.detach()).square().mean(-1),
+            COMMITMENT * (e.detach() - z).square().mean(-1),
+        )
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Rows `[B, n, D]` for the token decoder from codes `[B, n]`."""
+        e = F.normalize(F.embedding(codes, self.codebook), dim=-1)
+        return self.proj_out(e)  # type: ignore[no-any-return]

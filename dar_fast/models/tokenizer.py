@@ -1,0 +1,221 @@
+"""The sequential diffusion tokenizer: image -> codes -> conditions -> S denoising steps -> image.
+
+encode: encoder, then nearest codes. decode: step i of the solver reads group floor(i / S K + 0.5) of the condition
+tokens. Source: arXiv 2505.23660, §3; REFERENCE §3 and §4.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dar_fast.config import TokenizerConfig
+from dar_fast.flow import (
+    PREVIEWS,
+    SOLVERS,
+    Preview,
+    Solver,
+    Trajectory,
+    drawn_group_start,
+    group_start,
+    sampling_times,
+    shift_time,
+)
+from dar_fast.models.encoder import Encoder
+from dar_fast.models.pixel_dit import PixelDiT
+from dar_fast.models.quantizer import Quantizer
+from dar_fast.models.token_decoder import TokenDecoder
+from dar_fast.sampling import image_noise, resolve_seeds
+
+
+class TokenizerTraining(NamedTuple):
+    """One training pass; the loss is fm + vq + commit."""
+
+    predicted_velocity: Tensor  # [B, 3, R, R]
+    velocity: Tensor  # [B, 3, R, R]
+    fm: Tensor  # flow matching, over data_std^2
+    vq: Tensor
+    commit: Tensor
+    predicted_images: Tensor  # [B, 3, R, R], the jump estimate of x_1 in image units
+    repa: Tensor | None  # [B, 256, 768]
+    codes: Tensor  # [B, N]
+
+
+class Tokenizer(nn.Module):
+    """Pictures to codes and back.
+
+    Args:
+        config: sizes.
+        gate_init: start of the residual gates of encoder and token decoder; published: 0.
+    """
+
+    def __init__(self, config: TokenizerConfig, gate_init: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, gate_init)
+        self.quantizer = Quantizer(config)
+        self.token_decoder = TokenDecoder(config, gate_init)
+        self.pixel_dit = PixelDiT(config.dit, config.decoder_dim, config.image_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.quantizer.codebook.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.quantizer.codebook.dtype
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise ValueError unless `images` is a floating-point `[B, 3, R, R]`."""
+        R = self.config.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, R, R) or not images.is_floating_point():
+            raise ValueError(
+                f"images: expected floating point [B, 3, {R}, {R}] in [-1, 1], "
+                f"got {images.dtype} {list(images.shape)}"
+            )
+
+    def check_codes(self, codes: Tensor) -> None:
+        """Raise ValueError unless `codes` is `[B, N]` int64, each in [0, V)."""
+        N, V = self.config.num_tokens, self.config.codebook_size
+        if codes.ndim != 2 or codes.shape[1] != N or codes.dtype != torch.int64:
+            raise ValueError(
+                f"codes: expected int64 [B, {N}], got {codes.dtype} {list(codes.shape)}"
+            )
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < V:
+            raise ValueError(
+                f"codes: expected values in [0, {V}), got {int(codes.min())} to {int(codes.max())}"
+            )
+
+    def pre_quantize(self, images: Tensor) -> Tensor:
+        """`[B, N, C]`: the encoder's rows before normalising."""
+        return self.quantizer.proj_in(self.encoder(images))  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes `[B, N]` int64 of images `[B, 3, R, R]` in [-1, 1]."""
+        self.check_images(images)
+        return self.quantizer.nearest(self.pre_quantize(images.to(self.device, self.dtype)))
+
+    def conditions(self, codes: Tensor) -> Tensor:
+        """Condition tokens `[B, N, D]` of codes `[B, N]`."""
+        return self.token_decoder(self.quantizer.embed(codes))  # type: ignore[no-any-return]
+
+    def noise(self, seeds: int | Sequence[int] | Tensor | None, batch: int) -> Tensor:
+        """Starting noise `[B, 3, R, R]`, a function of each picture's own seed."""
+        R = self.config.image_size
+        keys = torch.tensor(resolve_seeds(seeds, batch), dtype=torch.int64, device=self.device)
+        return image_noise(keys, (3, R, R))
+
+    def trajectory(
+        self,
+        noise: Tensor,
+        num_steps: int | None = None,
+        solver: Solver = "adams2",
+        step: int = 0,
+    ) -> Trajectory:
+        """A solver run that starts from `noise`, or from the state `noise` at step `step` > 0.
+
+        Raises:
+            ValueError: where the solver, the number of steps or the shape does not fit.
+        """
+        num_steps = self.config.num_steps if num_steps is None else num_steps
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"num_steps: expected an integer >= 1, got {num_steps!r}")
+        if solver not in SOLVERS:
+            raise ValueError(f"solver: expected one of {list(SOLVERS)}, got {solver!r}")
+        if not 0 <= step < num_steps:
+            raise ValueError(f"step: expected an integer in [0, {num_steps}), got {step!r}")
+        self.check_images(noise)
+        times = sampling_times(num_steps, self.config.dit.time_shift).tolist()
+        x = noise.to(self.device, torch.promote_types(self.dtype, torch.float32))
+        return Trajectory(x, times, self.config.dit.data_std, solver, step)
+
+    def group_start(self, step: int, num_steps: int) -> int:
+        """First token of the group that a step reads."""
+        return group_start(step, num_steps, self.config.num_groups, self.config.num_tokens)
+
+    def advance(self, run: Trajectory, conditions: Tensor) -> None:
+        """One denoising step; `conditions` `[B, ≥ start + Q, D]` holds at least the group it reads."""
+        start = self.group_start(run.step, len(run.times) - 1)
+        group = conditions[:, start : start + self.config.group_size]
+        t = torch.full((len(run.x),), run.time, device=run.x.device)
+        velocity = self.pixel_dit(run.x.to(self.dtype), t, group.to(self.dtype)).velocity
+        run.advance(velocity.to(run.x.dtype))
+
+    @torch.no_grad()
+    def decode(
+        self,
+        codes: Tensor,
+        noise: Tensor | None = None,
+        seeds: int | Sequence[int] | Tensor | None = None,
+        num_steps: int | None = None,
+        solver: Solver = "adams2",
+        stop_after: int | None = None,
+        preview: Preview = "jump",
+    ) -> Tensor:
+        """Images `[B, 3, R, R]` of codes `[B, N]`, near [-1, 1] but not clamped.
+
+        Args:
+            codes: int64 in [0, V).
+            noise: `[B, 3, R, R]` to start from; else drawn from `seeds`, one a picture; by default 0, 1, ….
+            num_steps: S ≥ 1; the configuration's by default.
+            solver: "adams2" or "euler".
+            stop_after: stop after this many steps, in [1, S], and return the preview there.
+            preview: "jump", the paper's estimate, or "solver", the official preview.
+
+        Raises:
+            ValueError: where an argument does not fit.
+        """
+        self.check_codes(codes)
+        if preview not in PREVIEWS:
+            raise ValueError(f"preview: expected one of {list(PREVIEWS)}, got {preview!r}")
+        if noise is None:
+            noise = self.noise(0 if seeds is None else seeds, len(codes))
+        elif len(noise) != len(codes):
+            raise ValueError(f"noise: expected {len(codes)} pictures, got {len(noise)}")
+        run = self.trajectory(noise, num_steps, solver)
+        last = len(run.times) - 1
+        if stop_after is not None and (
+            isinstance(stop_after, bool)
+            or not isinstance(stop_after, int)
+            or not 1 <= stop_after <= last
+        ):
+            raise ValueError(f"stop_after: expected an integer in [1, {last}], got {stop_after!r}")
+        conditions = self.conditions(codes.to(self.device))
+        while run.step < (stop_after or last):
+            self.advance(run, conditions)
+        return run.image() if stop_after is None else run.preview(preview)
+
+    def training_forward(self, images: Tensor, u: Tensor, noise: Tensor) -> TokenizerTraining:
+        """Losses at drawn times `u` `[B]` in [0, 1) and noise `[B, 3, R, R]`, as published (REFERENCE §4).
+
+        Only the drawn group's conditions reach the pixel DiT; the VQ losses cover the tokens up to it.
+        """
+        config = self.config
+        Q = config.group_size
+        quantized = self.quantizer.quantize(self.pre_quantize(images))
+        conditions = self.token_decoder(self.quantizer.proj_out(quantized.embedding))  # [B, N, D]
+        start = drawn_group_start(u, config.num_groups, config.num_tokens)  # [B]
+        columns = start[:, None] + torch.arange(Q, device=u.device)
+        group = conditions.gather(
+            1, columns[..., None].expand(-1, -1, conditions.shape[-1])
+        )  # [B, Q, D]
+        t = shift_time(u, config.dit.time_shift)
+        wide = t[:, None, None, None]
+        x_1 = config.dit.data_std * images
+        x_t = wide * x_1 + (1 - wide) * noise
+        out = self.pixel_dit(x_t, t, group, align=config.dit.repa_layer is not None)
+        velocity, predicted = x_1 - noise, out.velocity.float()
+        used = torch.arange(config.num_tokens, device=u.device) < (start + Q)[:, None]  # [B, N]
+        count = used.sum()
+        return TokenizerTraining(
+            predicted,
+            velocity,
+            (predicted - velocity).square().mean() / config.dit.data_std**2,
+            (quantized.vq * used).sum() / count,
+            (quantized.commit * used).sum() / count,
+            (x_t + (1 - wide) * predicted) / config.dit.data_std,
+            out.alignment,
+            quantized.codes,
+        )

@@ -1,0 +1,169 @@
+"""Choosing a code: guidance, temperature, top-k, top-p, and one random stream a request.
+
+logits = uncond + s (cond - uncond); then softmax(logits / temperature) filtered; drawn by Gumbel-max with noise that
+is a function of (seed, position, code) alone, so that a request never depends on its neighbours in the batch.
+Source: REFERENCE §2; Philox4x32-10 from Salmon et al. (2011).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_SEED = 2**63 - 1
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_STREAM_CODES, _STREAM_NOISE = 0, 1
+
+GuidanceScale = float | tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How codes are drawn.
+
+    Args:
+        guidance_scale: constant, or (first, last) of a linear schedule over the codes; 1 or less: unguided.
+        temperature: ≥ 0; 0 is greedy.
+        top_k: codes kept by rank, 0 keeps all.
+        top_p: probability mass kept, in (0, 1].
+
+    Raises:
+        ValueError: where a value is out of its range or not finite.
+    """
+
+    guidance_scale: GuidanceScale = 4.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        scale = self.guidance_scale
+        pair = (
+            scale if isinstance(scale, Sequence) and not isinstance(scale, str) else (scale, scale)
+        )
+        if len(pair) != 2 or not all(_is_finite(s) for s in pair):
+            raise ValueError(
+                f"guidance_scale: expected a finite number or a pair (first, last), got {scale!r}"
+            )
+        if not _is_finite(self.temperature) or self.temperature < 0:
+            raise ValueError(
+                f"temperature: expected a finite number >= 0, got {self.temperature!r}"
+            )
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top_k: expected an integer >= 0, got {self.top_k!r}")
+        if not _is_finite(self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p!r}")
+
+    def scales(self, num_tokens: int) -> Tensor:
+        """Guidance scale of every code, `[N]` fp32."""
+        scale = self.guidance_scale
+        first, last = scale if isinstance(scale, Sequence) else (scale, scale)
+        return torch.linspace(first, last, num_tokens, dtype=torch.float32)
+
+
+def _is_finite(value: object) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    )
+
+
+def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """uncond + scale (cond - uncond)."""
+    return uncond + scale * (cond - uncond)
+
+
+def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Logits `[..., V]` over the temperature, -inf where top-k, then top-p, removes a code.
+
+    A code stays under top-p while the mass before it is ≤ top_p, so the likeliest always stays.
+    """
+    logits = logits / temperature
+    V = logits.shape[-1]
+    if 0 < top_k < V:
+        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        mass = ordered.softmax(-1)
+        remove = (mass.cumsum(-1) - mass) > top_p
+        logits = logits.masked_fill(remove.scatter(-1, order, remove), -math.inf)
+    return logits
+
+
+def choose(logits: Tensor, gumbel: Tensor | None, sampling: Sampling) -> Tensor:
+    """Codes `[B]` from guided logits `[B, V]` fp32 and Gumbel noise `[B, V]`; greedy at temperature 0."""
+    if sampling.temperature == 0 or gumbel is None:
+        return logits.argmax(-1)
+    filtered = filter_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+    return (filtered + gumbel).argmax(-1)
+
+
+def resolve_seeds(seeds: int | Sequence[int] | Tensor | None, batch: int) -> list[int]:
+    """One seed a request: as given, or drawn from torch's default generator; one integer s means s, s + 1, …
+
+    Raises:
+        ValueError: where their number is not `batch` or one is outside [0, 2^63).
+    """
+    if seeds is None:
+        return torch.randint(0, 2**53, (batch,)).tolist()  # type: ignore[no-any-return]
+    if isinstance(seeds, Tensor):
+        if seeds.is_floating_point() or seeds.dtype == torch.bool:
+            raise ValueError(f"seeds: expected integers, got {seeds.dtype}")
+        seeds = seeds.flatten().tolist()
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        seeds = range(seeds, seeds + batch)
+    values = list(seeds) if isinstance(seeds, Sequence) else [seeds]
+    if len(values) != batch:
+        raise ValueError(f"seeds: expected {batch}, one a picture, got {len(values)}")
+    for seed in values:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+            raise ValueError(f"seeds: expected integers in [0, 2^63), got {seed!r}")
+    return values
+
+
+def philox(key: Tensor, c0: Tensor, c1: Tensor, c2: int) -> tuple[Tensor, ...]:
+    """Philox4x32-10 of the 64-bit `key` and the counter (c0, c1, c2, 0): four int64 tensors of 32 random bits."""
+    k0, k1 = key & _MASK, (key >> 32) & _MASK
+    x0, x1 = torch.broadcast_tensors(c0, c1)
+    x2, x3 = torch.full_like(x0, c2), torch.zeros_like(x0)
+    for _ in range(10):
+        p0, p1 = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]  # low 64 bits; the sign is masked off
+        x0, x1, x2, x3 = (
+            ((p1 >> 32) & _MASK) ^ x1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ x3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return x0, x1, x2, x3
+
+
+def _open_uniform(bits: Tensor) -> Tensor:
+    """fp32 in (0, 1), never 0 or 1: the middle of one of 2^23 cells."""
+    return ((bits >> 9).float() + 0.5) * 2.0**-23
+
+
+def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Gumbel noise `[B, n, V]` fp32 for seeds `[B]` int64 and code positions `[n]` int64."""
+    blocks = torch.arange(-(-vocab_size // 4), device=seeds.device)
+    bits = philox(seeds[:, None, None], blocks, positions[:, None], _STREAM_CODES)
+    uniform = _open_uniform(torch.stack(torch.broadcast_tensors(*bits), dim=-1).flatten(-2))
+    return -torch.log(-torch.log(uniform[..., :vocab_size]))
+
+
+def image_noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise `[B, *shape]` fp32 for seeds `[B]` int64 (Box-Muller)."""
+    count = math.prod(shape)
+    blocks = torch.arange(-(-count // 4), device=seeds.device)
+    bits = philox(seeds[:, None], blocks, torch.zeros_like(blocks), _STREAM_NOISE)
+    u = [_open_uniform(b) for b in bits]
+    radius = [torch.sqrt(-2 * torch.log(v)) for v in u[:2]]
+    angle = [2 * math.pi * v for v in u[2:]]
+    parts = [
+        f(a) * r for r, a in zip(radius, angle, strict=True) for f in (torch.cos, torch.sin)
+    ]
+    return torch.stack(parts, dim=-1).flatten(1)[:, :count].reshape(len(seeds), *shape)
