@@ -36,7 +36,8 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
         """Codes `[B, N]` of pre-quantised rows `[B, N, C]`, which need not be normalised."""
-        return vq_nearest(z.detach().flatten(0, 1), self.codebook.detach()).view(z.shape[:2])
+        rows = z.detach().flatten(0, 1).to(self.codebook.dtype)  # autocast may have lowered it
+        return vq_nearest(rows, self.codebook.detach()).view(z.shape[:2])
 
     def quantize(self, z: Tensor) -> Quantized:
         """Codes, straight-through embeddings and losses of pre-quantised rows `[B, N, C]`."""
