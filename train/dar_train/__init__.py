@@ -1,0 +1,1 @@
+"""dar_train: data, losses, loops and recipes for training the tokenizer and the prior."""

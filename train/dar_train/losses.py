@@ -1,0 +1,117 @@
+"""Optional losses that need a weights file: LPIPS (Zhang et al. 2018) and REPA (Yu et al. 2024).
+
+    perceptual = LPIPS_vgg(image, x̂_1);  alignment = 1 - cos(head, DINOv2 ViT-B/14 at 224²)
+
+A VGG-16 pass over both pictures, and a ViT-B pass over one: more than the tokenizer's own step.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+AuxiliaryLoss = Callable[[Tensor, Tensor], Tensor]
+
+DINO = "vit_base_patch14_dinov2"
+DINO_SIZE = 224
+DINO_MEAN = (0.485, 0.456, 0.406)
+DINO_STD = (0.229, 0.224, 0.225)
+
+
+def _weights(field: str, file: Path) -> dict[str, Tensor]:
+    """A state dict from a .safetensors or a weights-only .pth file."""
+    if not file.is_file():
+        raise ValueError(f"{field}: expected a weights file, got {file}")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise many kinds for a damaged file
+        raise ValueError(f"{field}: expected readable weights in {file}, got {error}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{field}: expected a state dict in {file}, got {type(loaded).__name__}")
+    return loaded
+
+
+def _import_lpips() -> ModuleType:
+    """Import lpips; a CPU torch may lack two operators that torchvision registers fakes for."""
+    try:
+        import lpips
+    except ImportError as error:
+        raise ValueError(
+            "lpips_weights: the package lpips is missing: pip install lpips"
+        ) from error
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import lpips
+
+        lpips._dar_schemas = library  # definitions last as long as this object
+    return lpips  # type: ignore[no-any-return]
+
+
+def perceptual_loss(weights: Path, device: torch.device) -> AuxiliaryLoss:
+    """LPIPS over a VGG-16 trunk from `weights` (torchvision's names, features.*).
+
+    Raises:
+        ValueError: where the file or the package is missing, or the weights are another network's.
+    """
+    state = _weights("lpips_weights", weights)
+    lpips = _import_lpips()
+    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    trunk = {}
+    for part in ("slice1", "slice2", "slice3", "slice4", "slice5"):
+        for name in getattr(network.net, part).state_dict():
+            if f"features.{name}" not in state:
+                raise ValueError(f"lpips_weights: expected features.{name} in {weights}")
+            trunk[f"{part}.{name}"] = state[f"features.{name}"]
+    network.net.load_state_dict(trunk)
+    network = network.to(device).eval().requires_grad_(False)
+
+    def loss(images: Tensor, predicted: Tensor) -> Tensor:
+        value: Tensor = network(images, predicted.to(images.dtype)).mean()
+        return value
+
+    return loss
+
+
+def alignment_loss(weights: Path, device: torch.device) -> AuxiliaryLoss:
+    """1 - cos of the alignment head [B, 256, 768] and DINOv2 ViT-B/14's patch features.
+
+    Raises:
+        ValueError: where the file or the package is missing, or the weights are another network's.
+    """
+    state = _weights("repa_weights", weights)
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError("repa_weights: the package timm is missing: pip install timm") from error
+    network = timm.create_model(DINO, pretrained=False, img_size=DINO_SIZE, num_classes=0)
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    try:
+        network.load_state_dict(checkpoint_filter_fn(state, network))
+    except RuntimeError as error:
+        raise ValueError(f"repa_weights: expected {DINO} in {weights}, got {error}") from error
+    network = network.to(device).eval().requires_grad_(False)
+    mean = torch.tensor(DINO_MEAN, device=device).view(1, 3, 1, 1)
+    std = torch.tensor(DINO_STD, device=device).view(1, 3, 1, 1)
+
+    def loss(images: Tensor, head: Tensor) -> Tensor:
+        resized = F.interpolate(
+            images, (DINO_SIZE, DINO_SIZE), mode="bicubic", antialias=True, align_corners=False
+        )
+        with torch.no_grad():
+            tokens = network.forward_features(((resized + 1) / 2 - mean) / std)
+            target = tokens[:, network.num_prefix_tokens :]  # [B, 256, 768]
+        return 1 - F.cosine_similarity(head.float(), target.float(), dim=-1).mean()
+
+    return loss

@@ -1,0 +1,90 @@
+"""Where a run's numbers go: log lines, a progress bar on a terminal, JSON lines, TensorBoard."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+logger = logging.getLogger("dar_train")
+
+
+def show_logs() -> None:
+    """Send this package's log lines to standard output; for command lines, not for libraries."""
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+
+
+def short(metrics: Mapping[str, float]) -> str:
+    """Metrics as one line."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+
+class Report:
+    """Writes metrics to `metrics.jsonl` and, where it is installed, TensorBoard.
+
+    A progress bar shows on a terminal only; everywhere else `log` lines are all there is.
+    """
+
+    def __init__(self, out: Path, title: str) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self._lines = (out / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = _tensorboard(out / "tensorboard")
+        self._bar: Any = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>4.0f}% {task.fields[note]}"),
+                TimeElapsedColumn(),
+            )
+            self._task = self._bar.add_task(title, total=1.0, note="")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._lines.close()
+        if self._board is not None:
+            self._board.close()
+
+    def progress(self, done: float, note: str) -> None:
+        """Move the bar, where there is one."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=note)
+
+    def write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
+        """One JSON line, one log line, one point a curve."""
+        record = {"kind": kind, "step": step, "time": round(time.time(), 1), **metrics}
+        self._lines.write(json.dumps(record) + "\n")
+        self._lines.flush()
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        logger.info("%s step %d  %s", kind, step, short(metrics))
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.info("no TensorBoard curves: install the package tensorboard for them")
+        return None
+    return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
