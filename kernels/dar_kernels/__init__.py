@@ -1,11 +1,11 @@
 """dar_kernels: the ops of dar_fast, one a file; they know nothing of models."""
 
-from dar_kernels import vq_nearest as _vq_nearest_op
 from dar_kernels.dispatch import Choice, UnavailableError
 from dar_kernels.dispatch import report as _report
+from dar_kernels.vq_nearest import OP as _VQ_NEAREST
 from dar_kernels.vq_nearest import vq_nearest
 
-OPS = (_vq_nearest_op.OP,)
+OPS = (_VQ_NEAREST,)
 
 
 def report(devices: tuple[str, ...] = ("cpu", "cuda")) -> dict[str, dict[str, Choice]]:

@@ -8,6 +8,7 @@ Source: D-AR (arXiv 2505.23660), the tokenizer's quantizer.
 import torch
 from torch import Tensor
 
+from dar_kernels import native
 from dar_kernels.dispatch import Implementation, Op
 
 EPS = 1e-12  # smallest norm divided by, as torch.nn.functional.normalize
@@ -71,7 +72,30 @@ def _tiled(z: Tensor, codebook: Tensor) -> Tensor:
     return codes
 
 
-OP = Op(name="vq_nearest", implementations=(Implementation(name="torch", run=_tiled),))
+def _native(z: Tensor, codebook: Tensor) -> Tensor:
+    """C++ on the CPU, kernels/csrc/vq_nearest.cpp: AVX-512, AVX2 or neither, as the processor has."""
+    from dar_kernels import _native
+
+    codes = torch.empty(len(z), dtype=torch.int64)
+    _native.vq_nearest(
+        z.detach().float(), codebook.detach().float(), codes, torch.get_num_threads()
+    )
+    return codes
+
+
+OP = Op(
+    name="vq_nearest",
+    implementations=(
+        Implementation(
+            name="native",
+            run=_native,
+            devices=("cpu",),
+            dtypes=(torch.float32, torch.float16, torch.bfloat16),
+            missing=native.missing,
+        ),
+        Implementation(name="torch", run=_tiled),
+    ),
+)
 
 
 @torch.library.custom_op("dar::vq_nearest", mutates_args=())
@@ -96,7 +120,7 @@ def vq_nearest(z: Tensor, codebook: Tensor, *, implementation: str | None = None
     Args:
         z: `[M, C]`, floating point, M ≥ 0, any strides.
         codebook: `[V, C]`, V ≥ 1, of the dtype and on the device of `z`.
-        implementation: `torch` or `native`; None: the first that can run.
+        implementation: `native` (CPU, not fp64) or `torch`; None: the first of these that can run.
 
     Returns:
         int64 `[M]` in [0, V). Not differentiable.

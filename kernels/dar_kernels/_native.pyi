@@ -1,0 +1,6 @@
+from torch import Tensor
+
+threading: str  # "OpenMP" or "std::thread"
+
+def isa_supported() -> list[str]: ...
+def vq_nearest(z: Tensor, codebook: Tensor, codes: Tensor, threads: int, isa: str = "") -> None: ...

@@ -1,0 +1,34 @@
+"""The C++ ops, where they were built: whether they are there, and if not why and how to get them."""
+
+import functools
+from importlib import import_module
+from pathlib import Path
+
+REASON = Path(__file__).with_name("_native_missing.txt")  # written by CMakeLists.txt
+REMEDY = (
+    "with a C++ compiler at hand (on Debian: apt-get install g++) install again: "
+    "pip install --force-reinstall --no-deps --no-cache-dir dar-fast, or the path of its source"
+)
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why `dar_kernels._native` cannot be imported and how to get it; None where it can be."""
+    try:
+        import_module("dar_kernels._native")
+    except ImportError as error:
+        why = str(error)
+        if isinstance(error, ModuleNotFoundError):
+            why = REASON.read_text().strip() if REASON.exists() else "the source is not installed"
+        return f"not built, because {why}; {REMEDY}"
+    return None
+
+
+@functools.cache
+def isa_supported() -> tuple[str, ...]:
+    """Instruction sets the C++ ops can use here, the one they use first; empty where not built."""
+    if missing() is not None:
+        return ()
+    from dar_kernels import _native
+
+    return tuple(_native.isa_supported())
