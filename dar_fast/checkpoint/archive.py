@@ -1,11 +1,12 @@
 """The zip archive around an official `.pt` file, mapped and never unpacked.
 
-torch stores every member uncompressed, so a member is a byte range of the file; opening costs one pass over
-the central directory (about 10 µs a member), whatever the size of the weights. Accepted is what `torch.save` writes and
-no more: one root folder, stored members, ranges that lie in the file and do not overlap. Layout: PKWARE APPNOTE 6.3,
-§4.3.
+torch stores every member uncompressed, so a member is a byte range of the file; opening costs one
+pass over the central directory (about 10 µs a member), whatever the size of the weights. Accepted
+is what `torch.save` writes and no more: one root folder, stored members, ranges that lie in the
+file and do not overlap. Layout: PKWARE APPNOTE 6.3, §4.3.
 """
 
+import itertools
 import mmap
 import os
 import struct
@@ -38,11 +39,11 @@ class Member(NamedTuple):
 
 
 class Archive:
-    """The members of a torch zip archive by name below its root folder, over a private mapping of the file.
+    """The members of a torch archive by name below its root folder, over a private mapping.
 
-    The mapping is copy-on-write: tensors over it may be written, the file never changes. It lives as long as the
-    tensors do. A file that somebody truncates while it is mapped kills the process at the next read, as with any
-    mapping.
+    The mapping is copy-on-write: tensors over it may be written, the file never changes. It lives
+    as long as the tensors do. A file that somebody truncates while it is mapped kills the process
+    at the next read, as with any mapping.
 
     Raises:
         CheckpointError: where the file is no such archive or is inconsistent.
@@ -72,7 +73,10 @@ class Archive:
         """Check every member's checksum: reads the whole file, about 1 GB/s."""
         with memoryview(self.mapping) as view:
             for name, member in self.members.items():
-                if member.crc and _crc(view[member.start : member.start + member.size]) != member.crc:
+                if (
+                    member.crc
+                    and _crc(view[member.start : member.start + member.size]) != member.crc
+                ):
                     raise CheckpointError(f"damaged: checksum of {name} does not match")
 
 
@@ -172,8 +176,8 @@ def _read_members(data: mmap.mmap, size: int, limits: Limits) -> dict[str, Membe
             raise CheckpointError(f"encrypted member {name} is not read")
         if method != 0 or packed != length:
             raise CheckpointError(
-                f"compressed member {name} (method {method}, {packed} -> {length} bytes) is refused: "
-                "torch.save stores its members"
+                f"compressed member {name} (method {method}, {packed} -> {length} bytes) is "
+                "refused: torch.save stores its members"
             )
         root = parts[0] if root is None else root
         if parts[0] != root:
@@ -182,20 +186,22 @@ def _read_members(data: mmap.mmap, size: int, limits: Limits) -> dict[str, Membe
             raise CheckpointError(f"duplicate member {name}")
         start = _payload(data, header, raw, name, directory.start)
         if start + length > directory.start:
-            raise CheckpointError(f"truncated: member {name} of {length} bytes ends outside the file")
+            raise CheckpointError(
+                f"truncated: member {name} of {length} bytes ends outside the file"
+            )
         members[name] = Member(start, length, crc)
         ranges.append((header, start + length, name))
     if at != directory.end:
         raise CheckpointError("damaged: zip directory longer than its entries")
     ranges.sort()
-    for (_, stop, first), (begin, _, second) in zip(ranges, ranges[1:], strict=False):
+    for (_, stop, first), (begin, _, second) in itertools.pairwise(ranges):
         if begin < stop:
             raise CheckpointError(f"overlapping members {first} and {second}")
     return members
 
 
 def _widen(extra: bytes, values: list[int]) -> list[int]:
-    """Sizes and offset with their zip64 values where the 32-bit ones are saturated (APPNOTE §4.5.3)."""
+    """Sizes and offset, zip64 values where the 32-bit ones are saturated (APPNOTE §4.5.3)."""
     if _U32 not in values:
         return values
     at = 0
@@ -220,12 +226,14 @@ def _checked_name(raw: bytes, limits: Limits) -> list[str]:
     if len(parts) < 2 or any(p in ("", ".", "..") for p in parts) or not name.isprintable() or (
         "\\" in name or ":" in parts[0]
     ):  # fmt: skip
-        raise CheckpointError(f"refused member name {name!r}: expected root/name inside the archive")
+        raise CheckpointError(
+            f"refused member name {name!r}: expected root/name inside the archive"
+        )
     return parts
 
 
 def _payload(data: mmap.mmap, header: int, raw: bytes, name: str, end: int) -> int:
-    """Where the bytes of a member start: after its local header, which must agree with the directory."""
+    """Where a member's bytes start: after its local header, which must match the directory."""
     if header + _LOCAL.size > end or data[header : header + 4] != b"PK\x03\x04":
         raise CheckpointError(f"damaged: member {name} has no local header")
     _, _, flags, method, _, _, _, _, _, n_name, n_extra = _LOCAL.unpack_from(data, header)

@@ -1,4 +1,4 @@
-"""What can go wrong with a file that somebody else wrote, and how much of it we are willing to read."""
+"""What can go wrong with somebody else's file, and how much of it we are willing to read."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class CheckpointError(RuntimeError):
 class Limits:
     """Bounds on one `.pt` file, some twenty times above the largest official one.
 
-    A tokenizer with optimizer and EMA has about 2,000 tensors: 90,000 opcodes, 1 MB of pickle, depth 6.
+    A tokenizer with optimizer and EMA has about 2,000 tensors: 90,000 opcodes, 1 MB, depth 6.
     """
 
     pickle_bytes: int = 32 << 20

@@ -1,6 +1,5 @@
-"""What stands for a class or an object of somebody else's code: its name and its data, never the thing itself."""
+"""What stands for a class or an object of somebody else's code: its name and data, never itself."""
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +21,8 @@ class Name:
 class Record:
     """An object of a class we do not know: what the pickle says about it, and nothing done with it.
 
-    `args` and `kwargs` went to its constructor, `state` to its `__setstate__` or `__dict__`; `items` and `values` are what
-    a subclass of dict or list holds.
+    `args` and `kwargs` went to its constructor, `state` to its `__setstate__` or `__dict__`;
+    `items` and `values` are what a subclass of dict or list holds.
     """
 
     module: str
@@ -38,8 +37,8 @@ class Record:
         return f"Record({self.module}.{self.name})"
 
     def plain(self) -> dict[str, Any]:
-        """The dict inside: of an argparse.Namespace its attributes, of a dict-like config its `_data` (omegaconf:
-        `_content`), of a subclass of dict its items; records inside it likewise.
+        """The dict inside: of an argparse.Namespace its attributes, of a dict-like config its
+        `_data` (omegaconf: `_content`), of a subclass of dict its items; records in it likewise.
 
         Raises:
             CheckpointError: where it holds itself, nests too deep, or is no dict at all.
@@ -56,7 +55,7 @@ def plain(value: object, limits: Limits | None = None) -> Any:
 
 
 class _Plain:
-    """One conversion. Values are counted, since shared references make an exponential tree of a short pickle."""
+    """One conversion. Values are counted: shared references make a large tree of a short pickle."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -109,7 +108,7 @@ def _dict_or_empty(value: object) -> dict[Any, Any]:
 
 
 def check_depth(root: object, limit: int) -> None:
-    """Refuse a result that nests deeper than `limit`: longest path over its containers, without recursion.
+    """Refuse a result that nests deeper than `limit`: its longest path, found without recursion.
 
     References back to an enclosing container do not count. One visit a container: O(values).
     """
@@ -138,10 +137,6 @@ def _children(node: object) -> list[Any]:
         return list(node.values())
     assert isinstance(node, list | tuple | set | frozenset)
     return list(node)
-
-
-def is_plain_dict(value: object) -> bool:
-    return type(value) in (dict, OrderedDict)
 
 
 __all__ = ["Name", "Record", "check_depth", "plain"]
