@@ -9,14 +9,14 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Bounds on one `.pt` file, some twenty times above the largest official one.
+    """Bounds on one `.pt` file, some eight times above the largest official one.
 
     A tokenizer with optimizer and EMA has about 2,000 tensors: 90,000 opcodes, 1 MB, depth 6.
     """
 
     pickle_bytes: int = 32 << 20
-    opcodes: int = 2_000_000
-    memo: int = 1_000_000
+    opcodes: int = 1_000_000
+    memo: int = 500_000
     marks: int = 200  # open MARKs: nesting while reading
     depth: int = 200  # nesting of the result
     string_bytes: int = 1 << 20

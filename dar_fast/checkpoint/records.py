@@ -114,20 +114,22 @@ def check_depth(root: object, limit: int) -> None:
     """
     height: dict[int, int] = {}
     entered: set[int] = set()
-    stack: list[tuple[object, bool]] = [(root, False)]
+    stack: list[tuple[object, int]] = [(root, 1)]  # depth of entry; 0 marks the way back
     while stack:
-        node, leaving = stack.pop()
-        if leaving:
+        node, depth = stack.pop()
+        if not depth:
             inner = max((height.get(id(c), 0) for c in _children(node)), default=0)
-            height[id(node)] = inner + 1
-            if inner + 1 > limit:
-                raise CheckpointError(f"nested deeper than {limit}")
+            height[id(node)] = depth = inner + 1
         elif id(node) not in entered and isinstance(
             node, dict | list | tuple | set | frozenset | Record
         ):
             entered.add(id(node))
-            stack.append((node, True))
-            stack.extend((child, False) for child in _children(node))
+            stack.append((node, 0))
+            stack.extend((child, depth + 1) for child in _children(node))
+        else:
+            continue
+        if depth > limit:
+            raise CheckpointError(f"nested deeper than {limit}")
 
 
 def _children(node: object) -> list[Any]:
