@@ -191,11 +191,20 @@ class Tokenizer(nn.Module):
         """Losses at drawn times `u` `[B]` in [0, 1) and noise `[B, 3, R, R]`, as published (REFERENCE §4).
 
         Only the drawn group's conditions reach the pixel DiT; the VQ losses cover the tokens up to it.
+        With `u` `[m B]` and noise `[m B, 3, R, R]` every picture serves m draws, row i the picture i mod B,
+        and the encoder and the token decoder run once.
         """
         config = self.config
         Q = config.group_size
         quantized = self.quantizer.quantize(self.pre_quantize(images))
         conditions = self.token_decoder(self.quantizer.proj_out(quantized.embedding))  # [B, N, D]
+        if len(u) > len(images):  # several draws a picture share the passes so far
+            images, conditions, vq, commit = (
+                x.repeat(len(u) // len(x), *(1,) * (x.ndim - 1))
+                for x in (images, conditions, quantized.vq, quantized.commit)
+            )
+        else:
+            vq, commit = quantized.vq, quantized.commit
         start = drawn_group_start(u, config.num_groups, config.num_tokens)  # [B]
         columns = start[:, None] + torch.arange(Q, device=u.device)
         group = conditions.gather(
@@ -213,8 +222,8 @@ class Tokenizer(nn.Module):
             predicted,
             velocity,
             (predicted - velocity).square().mean() / config.dit.data_std**2,
-            (quantized.vq * used).sum() / count,
-            (quantized.commit * used).sum() / count,
+            (vq * used).sum() / count,
+            (commit * used).sum() / count,
             (x_t + (1 - wide) * predicted) / config.dit.data_std,
             out.alignment,
             quantized.codes,
