@@ -4,13 +4,16 @@ A step costs three forward passes of encoder, token decoder and pixel DiT.
 Source: arXiv 2505.23660, §3.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dar_fast.models.tokenizer import Tokenizer, TokenizerTraining
 from dar_train import figures
 from dar_train.codebook import CodebookUse, encoder_rows, start_from_rows, use_of
-from dar_train.data import Order, Pictures, augment, derived_seed, load_pictures, to_float
+from dar_train.data import Order, Pictures, augment, chunks, derived_seed, load_pictures, to_float
 from dar_train.loop import Loop, Loss, pick_device
 from dar_train.losses import AuxiliaryLoss, alignment_loss, perceptual_loss
 from dar_train.recipes import TokenizerRecipe
@@ -19,6 +22,13 @@ from dar_train.reporting import logger
 EVAL_CHUNK = 64
 GRID_PICTURES = 12
 START_PICTURES = 512  # whose encoder rows start the codebook
+
+
+def _attention(device: torch.device) -> AbstractContextManager[None]:
+    """Plain attention on a CPU: over a hundred tokens its backward pass takes a third of flash's."""
+    if device.type == "cpu":
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 class TokenizerTask:
@@ -30,7 +40,7 @@ class TokenizerTask:
         self, recipe: TokenizerRecipe, model: Tokenizer, data: Pictures, device: torch.device
     ) -> None:
         self.recipe = recipe
-        self.model: Tokenizer = model
+        self.model = model
         self.device = device
         self.images = data.images.to(device)
         self.order = Order(data.train, recipe.seed)
@@ -77,7 +87,7 @@ class TokenizerTask:
         u = torch.rand(draws * len(images), generator=generator, device=self.device)
         shape = (draws * len(images), *images.shape[1:])
         noise = torch.randn(shape, generator=generator, device=self.device)
-        with self.autocast:
+        with self.autocast, _attention(self.device):
             out = self._forward(images, u, noise)
             loss = self._parts(images.repeat(draws, 1, 1, 1) if draws > 1 else images, out)
         self.use.count(out.codes)
@@ -89,7 +99,9 @@ class TokenizerTask:
         generator = torch.Generator(self.device).manual_seed(seed)
         images = self._pictures(self.order.take(0, START_PICTURES), generator)
         with self.autocast, torch.no_grad():
-            rows = torch.cat([encoder_rows(self.model, part) for part in images.split(EVAL_CHUNK)])
+            rows = torch.cat(
+                [encoder_rows(self.model, part) for part in chunks(images, EVAL_CHUNK)]
+            )
         start_from_rows(self.model.quantizer.codebook, rows, generator)
 
     def after_step(self, step: int, indices: Tensor, loop: Loop) -> dict[str, float]:
