@@ -118,6 +118,11 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
+def chunks(x: Tensor, size: int) -> list[Tensor]:
+    """`x` cut into pieces of at most `size` rows."""
+    return [x[start : start + size] for start in range(0, len(x), size)]
+
+
 def derived_seed(seed: int, *key: int) -> int:
     """A 63-bit seed that depends on every part of the key: streams need no saved state."""
     state = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dar_train import checkpoints
-from dar_train.data import Order, derived_seed
+from dar_train.data import Order, chunks, derived_seed
 from dar_train.optim import Ema, build_optimizers, progress, rate_scale, set_learning_rate
 from dar_train.recipes import Recipe
 from dar_train.reporting import Report, logger
@@ -40,8 +40,11 @@ class Task(Protocol):
     """What a training adds to the loop."""
 
     title: str
-    model: nn.Module
     order: Order
+
+    @property
+    def model(self) -> nn.Module:
+        """The module to train."""
 
     def loss(self, indices: Tensor, generator: torch.Generator) -> Loss:
         """The loss of the samples `indices`; every draw comes from `generator`."""
@@ -191,18 +194,20 @@ class Loop:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         indices = self.task.order.take(self.samples, recipe.batch)
-        chunks = indices.split(recipe.micro_batch or recipe.batch)
-        total, parts = torch.zeros((), device=self.device), {}
-        for i, chunk in enumerate(chunks):
+        pieces = chunks(indices, recipe.micro_batch or recipe.batch)
+        total = torch.zeros((), device=self.device)
+        parts: dict[str, Tensor] = {}
+        for i, piece in enumerate(pieces):
             seed = derived_seed(recipe.seed, 1, self.step, i)
             self.generator.manual_seed(seed)
             torch.manual_seed(seed)  # dropout inside the model
-            part = self.task.loss(chunk, self.generator)
-            weight = len(chunk) / len(indices)
+            part = self.task.loss(piece, self.generator)
+            weight = len(piece) / len(indices)
             (part.total * weight).backward()  # type: ignore[no-untyped-call]
             total = total + part.total.detach() * weight
             for name, value in part.parts.items():
-                parts[name] = parts.get(name, 0.0) + value.detach() * weight
+                scaled = value.detach() * weight
+                parts[name] = parts[name] + scaled if name in parts else scaled
         norm = nn.utils.clip_grad_norm_(self.parameters, recipe.grad_clip)
         self.step += 1
         if self.device.type == "cpu" or self.step % CHECK_EVERY == 0:

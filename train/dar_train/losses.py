@@ -8,6 +8,7 @@ A VGG-16 pass over both pictures, and a ViT-B pass over one: more than the token
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ def _weights(field: str, file: Path) -> dict[str, Tensor]:
 def _import_lpips() -> ModuleType:
     """Import lpips; a CPU torch may lack two operators that torchvision registers fakes for."""
     try:
-        import lpips
+        import lpips  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise ValueError(
             "lpips_weights: the package lpips is missing: pip install lpips"
@@ -49,7 +50,7 @@ def _import_lpips() -> ModuleType:
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-        library = torch.library.Library("torchvision", "DEF")
+        library: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import lpips
@@ -91,11 +92,13 @@ def alignment_loss(weights: Path, device: torch.device) -> AuxiliaryLoss:
     """
     state = _weights("repa_weights", weights)
     try:
-        import timm
+        import timm  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise ValueError("repa_weights: the package timm is missing: pip install timm") from error
     network = timm.create_model(DINO, pretrained=False, img_size=DINO_SIZE, num_classes=0)
-    from timm.models.vision_transformer import checkpoint_filter_fn
+    from timm.models.vision_transformer import (  # type: ignore[import-not-found,unused-ignore]
+        checkpoint_filter_fn,
+    )
 
     try:
         network.load_state_dict(checkpoint_filter_fn(state, network))

@@ -194,6 +194,7 @@ PRIOR_L = PriorRecipe(
 )  # fmt: skip
 PRIOR_XL = dataclasses.replace(PRIOR_L, preset="XL", model="XL", micro_batch=128)
 PRIOR_DEMO = PriorRecipe(
+    eval_pictures=512,
     preset="demo", model="demo", minutes=40.0, batch=64, optimizer="muon", lr=1e-3,
     weight_decay=0.05, warmup=50, schedule="wsd", decay_fraction=0.3, ema=0.998, flip=True,
 )  # fmt: skip

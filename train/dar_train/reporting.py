@@ -87,4 +87,4 @@ def _tensorboard(folder: Path) -> Any:
     except ImportError:
         logger.info("no TensorBoard curves: install the package tensorboard for them")
         return None
-    return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder))
