@@ -41,7 +41,17 @@ void vq_nearest(const Floats &z, const Floats &codebook, const Codes &codes, int
 NB_MODULE(_native, module) {
     module.doc() = "CPU ops of dar_kernels in C++.";
     module.def("isa_supported", &dar::isa_supported, "Instruction sets that run here, the fastest first.");
-    module.def("vq_nearest", &vq_nearest, "z"_a, "codebook"_a, "codes"_a, "threads"_a, "isa"_a = "");
+    // Nothing is converted: a copy of `codes` would be filled and lost.
+    module.def(
+        "vq_nearest",
+        &vq_nearest,
+        "z"_a.noconvert(),
+        "codebook"_a.noconvert(),
+        "codes"_a.noconvert(),
+        "threads"_a,
+        "isa"_a = "",
+        "Writes the code of each row of float32 z [M, C] into int64 codes [M]."
+    );
 #ifdef _OPENMP
     module.attr("threading") = "OpenMP";
 #else

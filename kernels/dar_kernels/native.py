@@ -1,4 +1,4 @@
-"""The C++ ops, where they were built: whether they are there, and if not why and how to get them."""
+"""The C++ ops: whether they were built, and if not why and how to get them."""
 
 import functools
 from importlib import import_module
@@ -24,7 +24,6 @@ def missing() -> str | None:
     return None
 
 
-@functools.cache
 def isa_supported() -> tuple[str, ...]:
     """Instruction sets the C++ ops can use here, the one they use first; empty where not built."""
     if missing() is not None:
@@ -32,3 +31,12 @@ def isa_supported() -> tuple[str, ...]:
     from dar_kernels import _native
 
     return tuple(_native.isa_supported())
+
+
+def threading() -> str | None:
+    """`OpenMP` or `std::thread`; None where not built."""
+    if missing() is not None:
+        return None
+    from dar_kernels import _native
+
+    return _native.threading

@@ -72,8 +72,8 @@ def _tiled(z: Tensor, codebook: Tensor) -> Tensor:
     return codes
 
 
-def _native(z: Tensor, codebook: Tensor) -> Tensor:
-    """C++ on the CPU, kernels/csrc/vq_nearest.cpp: AVX-512, AVX2 or neither, as the processor has."""
+def _compiled(z: Tensor, codebook: Tensor) -> Tensor:
+    """C++ on the CPU, kernels/csrc/vq_nearest.cpp: the widest instructions the processor has."""
     from dar_kernels import _native
 
     codes = torch.empty(len(z), dtype=torch.int64)
@@ -88,7 +88,7 @@ OP = Op(
     implementations=(
         Implementation(
             name="native",
-            run=_native,
+            run=_compiled,
             devices=("cpu",),
             dtypes=(torch.float32, torch.float16, torch.bfloat16),
             missing=native.missing,
