@@ -5,4 +5,21 @@ Shapes use one glossary everywhere:
     R image resolution, S denoising steps, M rows, C channels of a code, F hidden width of an MLP.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dar_fast.pipeline import DARPipeline
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """`DARPipeline`, imported when first asked for: `dar --help` does not wait for torch."""
+    if name == "DARPipeline":
+        from dar_fast.pipeline import DARPipeline
+
+        return DARPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["DARPipeline", "__version__"]
