@@ -1,0 +1,44 @@
+# make sample: install, and sample 16 pictures from the embedded model
+# make test:   install for development, then lint, types and every test
+# Needs Python 3.11 or later, make, a C++ compiler and a package index; nothing outside this folder changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: sample test lint types clean
+.DELETE_ON_ERROR:
+
+sample: $(VENV)/.installed
+	$(BIN)/dar sample -n 16 --seed 0 --out samples.png --animate samples.webp
+
+test: lint types
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror kernels/csrc/*
+
+types: $(VENV)/.installed-test
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist samples.png samples.webp
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("expected Python >= 3.11, got " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BUILT_FROM) | $(BIN)/python
+	@echo "installing into $(VENV): minutes the first time, most of it PyTorch"
+	$(INSTALL) -e .
+	@touch $@
+
+# the tests hold the C++ ops to the PyTorch ones, so here a missing compiler is an error
+$(VENV)/.installed-test: $(BUILT_FROM) | $(BIN)/python
+	@echo "installing into $(VENV): minutes the first time, most of it PyTorch"
+	$(INSTALL) -C cmake.define.DAR_NATIVE=ON -e '.[train,dev]'
+	@touch $@ $(VENV)/.installed
