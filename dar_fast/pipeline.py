@@ -1,0 +1,251 @@
+"""The front door: class labels in, pictures out, with previews while later codes are still drawn.
+
+Source: arXiv 2505.23660, §3.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from dar_fast.flow import Solver
+from dar_fast.frames import draw_frames
+from dar_fast.images import Images, OutputType, convert_images
+from dar_fast.labels import ClassLabels, label_ids, label_table
+from dar_fast.models import Prior, Tokenizer
+from dar_fast.pipeline_files import load_parts, pick_device, pick_dtype, save_parts
+from dar_fast.request import Request, Seeds, StepCallback, make_request
+from dar_fast.sampling import GuidanceScale
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineOutput:
+    """What a call returns."""
+
+    images: (
+        Images | None
+    )  # by output_type: list of PIL, [B, R, R, 3] or [B, 3, R, R] in [0, 1]; "codes": None
+    codes: Tensor  # [B, N] int64; [B, G Q] after num_groups = G
+    seeds: list[int]  # one a picture; pass them again for the same pictures
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineEvent:
+    """One picture after one step."""
+
+    kind: Literal["preview", "image"]
+    index: int  # which picture of the batch
+    step: int  # steps done, 1 … S
+    image: Image.Image | NDArray[np.float32] | Tensor  # by output_type; "codes": the codes so far
+    codes: Tensor  # [n] int64, this picture's codes so far; all of them with "image"
+    seed: int  # this picture's
+
+
+class DARPipeline:
+    """A prior and a tokenizer, put in evaluation mode, and the names of the classes.
+
+    Args:
+        prior: draws codes.
+        tokenizer: turns them into pictures; on the same device.
+        labels: one name a class in order of the ids, or name to id; None: the model has no names.
+
+    Raises:
+        TypeError, ValueError: where the parts do not fit each other.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        tokenizer: Tokenizer,
+        labels: Sequence[str] | Mapping[str, int] | None = None,
+    ) -> None:
+        if not isinstance(prior, Prior):
+            raise TypeError(f"prior: expected a Prior, got {type(prior).__name__}")
+        if not isinstance(tokenizer, Tokenizer):
+            raise TypeError(f"tokenizer: expected a Tokenizer, got {type(tokenizer).__name__}")
+        drawn = prior.config.num_tokens, prior.config.vocab_size
+        read = tokenizer.config.num_tokens, tokenizer.config.codebook_size
+        if drawn != read:
+            raise ValueError(
+                f"prior: expected the tokenizer's {read[0]} tokens of {read[1]} codes, "
+                f"got {drawn[0]} of {drawn[1]}"
+            )
+        if prior.device != tokenizer.device:
+            raise ValueError(
+                f"tokenizer: expected the prior's device {prior.device}, got {tokenizer.device}"
+            )
+        self.labels = label_table(labels, prior.config.num_classes)
+        self.prior = prior.eval()
+        self.tokenizer = tokenizer.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """The pipeline of a folder that `save_pretrained` wrote, or "demo", the embedded model.
+
+        Args:
+            path: a folder, or "demo" (a folder of that name is "./demo").
+            device: by default the GPU where there is one, else the CPU.
+            dtype: of the weights; by default fp32 on the CPU, bf16 on a GPU.
+
+        Raises:
+            CheckpointError: where the folder is missing, incomplete or corrupt.
+            TypeError, ValueError: where device or dtype is none.
+        """
+        place = pick_device(device)
+        parts = load_parts(path, place, pick_dtype(dtype, place))
+        return cls(parts.prior, parts.tokenizer, parts.labels)
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write model_index.json, prior/ and tokenizer/ to the folder `path`, made where missing.
+
+        Nothing of an earlier model there is touched before all of the new one is written.
+
+        Raises:
+            OSError: where the folder cannot be written, or the disk is full.
+        """
+        save_parts(path, self.prior, self.tokenizer, list(self.labels))
+
+    @property
+    def device(self) -> torch.device:
+        return self.prior.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tokenizer's weights."""
+        return self.tokenizer.dtype
+
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Move the weights, or cast them; what is None stays."""
+        for module in (self.prior, self.tokenizer):
+            module.to(device=device, dtype=dtype)
+        return self
+
+    def get_label_ids(self, class_labels: ClassLabels) -> list[int]:
+        """Class ids of names (or ids), as written, else whatever the case and hyphens, else by the
+        part behind the slash: the first label that fits.
+
+        Raises:
+            TypeError: where one is neither a name nor an integer.
+            ValueError: where one is unknown; the message holds the nearest names.
+        """
+        return label_ids(class_labels, self.labels, self.prior.config.num_classes)
+
+    def __call__(
+        self,
+        class_labels: ClassLabels,
+        *,
+        seeds: Seeds | None = None,
+        guidance_scale: GuidanceScale = 4.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        num_inference_steps: int | None = None,
+        solver: Solver = "adams2",
+        prefix_codes: Tensor | None = None,
+        num_groups: int | None = None,
+        output_type: OutputType = "pil",
+        callback_on_step_end: StepCallback | None = None,
+    ) -> PipelineOutput:
+        """Draw one picture a label; each depends on its label, its seed and the settings alone.
+
+        Args:
+            class_labels: a name or an id, several, or an int64 tensor `[B]` of ids.
+            seeds: one a picture in [0, 2^63), or one integer s for s, s + 1, …; drawn where None.
+            guidance_scale: a number, or (first, last) of a schedule linear in the codes; 1: none.
+            temperature: ≥ 0; 0 is greedy.
+            top_k: codes kept by rank; 0 keeps all.
+            top_p: probability mass kept, in (0, 1].
+            num_inference_steps: S ≥ 1 solver steps; the tokenizer's number by default.
+            solver: "adams2" or "euler".
+            prefix_codes: the first codes (layout control): int64 `[B, P]`, or `[P]` for all.
+            num_groups: draw only the first G groups; for G < K the result is the jump estimate
+                after the last step that needs no more than these.
+            output_type: "pil"; "np", fp32 `[B, R, R, 3]` in [0, 1]; "pt", fp32 `[B, 3, R, R]` in
+                [0, 1]; "codes", no picture and no solver step.
+            callback_on_step_end: called as (pipeline, i, t, {"latents", "preview", "codes"}) after
+                solver step i = 0 … S - 1, evaluated at time t, with pictures `[B, 3, R, R]`; it may
+                return {"latents": …} to go on from there. What it raises ends the call.
+
+        Raises:
+            TypeError, ValueError: before any work, where an argument does not fit.
+        """
+        request = make_request(
+            class_labels, seeds=seeds, guidance_scale=guidance_scale, temperature=temperature,
+            top_k=top_k, top_p=top_p, num_inference_steps=num_inference_steps, solver=solver,
+            prefix_codes=prefix_codes, num_groups=num_groups, output_type=output_type,
+            callback_on_step_end=callback_on_step_end, label_names=self.labels,
+            num_classes=self.prior.config.num_classes, config=self.tokenizer.config,
+        )  # fmt: skip
+        result = deque(draw_frames(self, request), maxlen=1)[0]
+        images = result.estimate
+        return PipelineOutput(
+            None if images is None else convert_images(images, request.output_type),
+            result.codes,
+            request.seeds,
+        )
+
+    def stream(
+        self,
+        class_labels: ClassLabels,
+        *,
+        seeds: Seeds | None = None,
+        guidance_scale: GuidanceScale = 4.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        num_inference_steps: int | None = None,
+        solver: Solver = "adams2",
+        prefix_codes: Tensor | None = None,
+        num_groups: int | None = None,
+        output_type: OutputType = "pil",
+        callback_on_step_end: StepCallback | None = None,
+    ) -> Iterator[PipelineEvent]:
+        """The same as it comes: after each of the S steps a preview a picture, then the pictures.
+
+        A preview is the jump estimate; it comes before the codes of later groups are drawn, and
+        costs no network evaluation. The arguments are those of a call; with output_type "codes"
+        an event's `image` is the picture's codes so far. Stop iterating to stop the work.
+
+        Raises:
+            TypeError, ValueError: at once, before the first event, where an argument does not fit.
+        """
+        request = make_request(
+            class_labels, seeds=seeds, guidance_scale=guidance_scale, temperature=temperature,
+            top_k=top_k, top_p=top_p, num_inference_steps=num_inference_steps, solver=solver,
+            prefix_codes=prefix_codes, num_groups=num_groups, output_type=output_type,
+            callback_on_step_end=callback_on_step_end, label_names=self.labels,
+            num_classes=self.prior.config.num_classes, config=self.tokenizer.config,
+        )  # fmt: skip
+        return self._events(request)
+
+    def _events(self, request: Request) -> Iterator[PipelineEvent]:
+        for frame in draw_frames(self, request):
+            shown: Images = frame.codes
+            if frame.estimate is not None:
+                shown = convert_images(frame.estimate, request.output_type)
+            for index, seed in enumerate(request.seeds):
+                yield PipelineEvent(
+                    kind="image" if frame.final else "preview",
+                    index=index,
+                    step=frame.step,
+                    image=shown[index],
+                    codes=frame.codes[index],
+                    seed=seed,
+                )
+
+
+__all__ = ["DARPipeline", "PipelineEvent", "PipelineOutput"]
