@@ -1,0 +1,102 @@
+"""From a configuration and its tensors to a module: built without memory, loaded strictly."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dar_fast.checkpoint.errors import CheckpointError
+from dar_fast.config import PriorConfig, TokenizerConfig
+from dar_fast.models import Prior, Tokenizer
+
+Kind = Literal["prior", "tokenizer"]
+NAMED = 5  # names that an error lists
+
+
+class Component(NamedTuple):
+    """What a model is."""
+
+    kind: Kind
+    config: PriorConfig | TokenizerConfig
+
+
+def empty(component: Component, tensors: int) -> Prior | Tokenizer:
+    """The module on the meta device.
+
+    Raises:
+        CheckpointError: where the configuration has more layers than there are `tensors`, or
+            asks for impossible sizes.
+    """
+    config = component.config
+    if isinstance(config, PriorConfig):
+        depth = config.depth
+    else:
+        depth = config.encoder_depth + config.decoder_depth + config.dit.depth
+    if depth > tensors:
+        raise CheckpointError(f"expected weights of {depth} layers, got {tensors} tensors in all")
+    try:
+        with torch.device("meta"):
+            return Prior(config) if isinstance(config, PriorConfig) else Tokenizer(config)
+    except (RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"impossible sizes in the configuration ({error})") from error
+
+
+def names_of(names: set[str]) -> str:
+    """The first few names, sorted, and how many more."""
+    listed = sorted(names)
+    more = f" and {len(listed) - NAMED} more" if len(listed) > NAMED else ""
+    return ", ".join(listed[:NAMED]) + more
+
+
+def build(
+    component: Component,
+    tensors: dict[str, Tensor],
+    where: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Prior | Tokenizer:
+    """The module with these tensors for parameters, not copied where nothing changes.
+
+    Args:
+        where: what the errors call the source.
+
+    Raises:
+        CheckpointError: naming the missing, unexpected or mis-shaped tensors.
+    """
+    try:
+        module = empty(component, len(tensors))
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    expected = module.state_dict()
+    check_names(set(expected), set(tensors), where)
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{where}: {name}: expected shape {list(expected[name].shape)}, "
+                f"got {list(tensor.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{where}: {name}: expected floating point, got {tensor.dtype}")
+        tensors[name] = tensor.to(device=device or "cpu", dtype=dtype)
+    module.load_state_dict(tensors, strict=True, assign=True)
+    left = {name for name, buffer in module.named_buffers() if buffer.is_meta}
+    assert not left, left  # a buffer that is not stored must be made at first use
+    return module.eval()
+
+
+def check_names(expected: set[str], got: set[str], where: str) -> None:
+    """Raise CheckpointError unless the two sets of names are the same."""
+    missing, unexpected = expected - got, got - expected
+    parts = [
+        f"{what} {len(names)}: {names_of(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if parts:
+        raise CheckpointError(
+            f"{where}: expected {len(expected)} tensors, got {len(got)}; {'; '.join(parts)}"
+        )
+
+
+__all__ = ["Component", "Kind", "build", "check_names", "empty", "names_of"]
