@@ -23,7 +23,9 @@ def _from_dict(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     known = {f.name for f in fields(cls)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ValueError(f"{cls.__name__}: unknown keys {unknown}; expected some of {sorted(known)}")
+        raise ValueError(
+            f"{cls.__name__}: unknown keys {unknown}; expected some of {sorted(known)}"
+        )
     return dict(values)
 
 
@@ -143,7 +145,10 @@ class TokenizerConfig:
             decoder_depth=1, head_dim=4, code_dim=1, codebook_size=2, num_tokens=1, num_groups=1,
             num_steps=1, query_table=1,
         )  # fmt: skip
-        for name, patch in (("patch_size", self.patch_size), ("dit.patch_size", self.dit.patch_size)):
+        for name, patch in (
+            ("patch_size", self.patch_size),
+            ("dit.patch_size", self.dit.patch_size),
+        ):
             if self.image_size % patch:
                 raise ValueError(
                     f"TokenizerConfig: expected {name} dividing image_size {self.image_size}, got {patch}"
@@ -190,9 +195,7 @@ PRIORS = {
     "3B": PriorConfig(dim=3200, depth=24, heads=32),
     "7B": PriorConfig(dim=4096, depth=32, heads=32),
     # num_classes is the emoji data set's: style x subgroup (dar_train.emoji)
-    "demo": PriorConfig(
-        dim=256, depth=6, heads=4, vocab_size=4096, num_tokens=64, num_classes=390
-    ),
+    "demo": PriorConfig(dim=256, depth=6, heads=4, vocab_size=4096, num_tokens=64, num_classes=390),
 }
 
 TOKENIZERS = {
@@ -206,8 +209,6 @@ TOKENIZERS = {
         dit=PixelDiTConfig(dim=192, depth=6, patch_size=4),
     ),
 }  # fmt: skip
-
-
 
 
 __all__ = ["PRIORS", "TOKENIZERS", "PixelDiTConfig", "PriorConfig", "TokenizerConfig"]

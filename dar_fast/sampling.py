@@ -66,9 +66,7 @@ class Sampling:
 
 
 def _is_finite(value: object) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
@@ -163,7 +161,5 @@ def image_noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
     u = [_open_uniform(b) for b in bits]
     radius = [torch.sqrt(-2 * torch.log(v)) for v in u[:2]]
     angle = [2 * math.pi * v for v in u[2:]]
-    parts = [
-        f(a) * r for r, a in zip(radius, angle, strict=True) for f in (torch.cos, torch.sin)
-    ]
+    parts = [f(a) * r for r, a in zip(radius, angle, strict=True) for f in (torch.cos, torch.sin)]
     return torch.stack(parts, dim=-1).flatten(1)[:, :count].reshape(len(seeds), *shape)

@@ -1,7 +1,7 @@
-"""Image to pre-quantised codes: p = LN(patchify image); [p ; queries] through masked blocks; queries to C channels.
+"""Image to encoder rows: p = LN(patchify image); [p ; queries] through masked blocks; LN(queries).
 
-Patches see all patches and no query; query i sees all patches and the queries up to i. 24 (P + N) D^2 FLOPs a
-block for P patches. Source: arXiv 2505.23660, §3.1.
+Patches see all patches and no query; query i sees all patches and the queries up to i.
+24 (P + N) D^2 FLOPs a block for P patches. Source: arXiv 2505.23660, §3.1.
 """
 
 import torch

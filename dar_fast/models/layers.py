@@ -1,7 +1,7 @@
-"""What the encoder, the token decoder and the pixel DiT share: norms, rotary tables, attention, MLP.
+"""What encoder, token decoder and pixel DiT share: norms, rotary tables, attention, MLP.
 
-LN(x) = (x - mean) / sqrt(var + 1e-6); attention is softmax(q k^T / sqrt(Dh)) v with a LayerNorm on each
-head of q and k before the rotation. A block of width D over N tokens costs 24 N D^2 + 4 N^2 D FLOPs.
+LN(x) = (x - mean) / sqrt(var + 1e-6); attention is softmax(q k^T / sqrt(Dh)) v with a LayerNorm on
+each head of q and k before the rotation. A block costs 24 N D^2 + 4 N^2 D FLOPs over N tokens.
 Source: arXiv 2505.23660, §3.1; RoPE from Su et al. (2021), interleaved pairs.
 """
 
@@ -46,7 +46,10 @@ class Rotary(nn.Module):
 
 
 class Rotary2D(Rotary):
-    """Row angles on the first half of a head, column angles on the second; then `identity` unrotated tokens."""
+    """Row angles on the first half of a head, column angles on the second.
+
+    `identity` unrotated tokens follow the grid.
+    """
 
     def __init__(self, rows: int, columns: int, head_dim: int, identity: int = 0) -> None:
         super().__init__()
@@ -64,7 +67,7 @@ class Rotary2D(Rotary):
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the interleaved pairs (0, 1), (2, 3), … of `x` `[..., N, Dh]`; fp32 inside, dtype kept."""
+    """Rotate the interleaved pairs (0, 1), (2, 3), … of `x` `[..., N, Dh]`; fp32 inside."""
     cos, sin = tables  # [N, Dh / 2]
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
@@ -108,7 +111,7 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         causal: bool = False,
     ) -> Tensor:
-        """Attention of `x` `[B, N, D]` over ready keys and values; `mask` is true where a query looks."""
+        """Attention of `x` `[B, N, D]` over ready keys and values; `mask`: where a query looks."""
         q = self.q_norm(self._heads(self.q(x)))
         if tables is not None:
             q = rotate(q, tables)
@@ -141,7 +144,7 @@ class MLP(nn.Module):
 
 
 class GatedBlock(nn.Module):
-    """x += gate1 · attention(LN1 x); x += gate2 · mlp(LN2 x): the block of encoder and token decoder.
+    """x += gate1 · attention(LN1 x); x += gate2 · mlp(LN2 x): block of encoder and token decoder.
 
     `gate_init` is the start of both gate vectors: zero as published; 0.1 leaves the start faster.
     """

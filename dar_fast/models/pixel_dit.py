@@ -1,9 +1,11 @@
 """The pixel DiT: velocity v(x_t, t, c_g) of one group's conditions, over P x P pixel patches.
 
-    s = cross_attention(LN x, cond_embed(c));  shift, scale, gate (twice) = W silu(time + s), a patch its own
-    x += gate_a self_attention(LN(x)(1 + scale_a) + shift_a);  x += gate_m mlp(LN(x)(1 + scale_m) + shift_m)
+    s = cross_attention(LN x, cond_embed(c))
+    shift, scale, gate (twice) = W silu(time + s), each patch its own
+    x += gate_a self_attention(LN(x)(1 + scale_a) + shift_a)
+    x += gate_m mlp(LN(x)(1 + scale_m) + shift_m)
 
-Compute bound: 38 D^2 FLOPs a patch and block beside attention. Source: arXiv 2505.23660, §3.2; REFERENCE §3.
+Compute bound: 40 D^2 FLOPs a patch and block beside attention. Source: arXiv 2505.23660, §3.2.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""The prior: a Llama over codes. x_0 = class_embedding[y], x_{i+1} = token_embedding[z_i]; logits at p predict code p.
+"""The prior: a Llama over codes. x_0 = class_embedding[y], x_{i+1} = token_embedding[z_i].
 
-x += W_o attention(RMSNorm x); x += W_2 (silu(W_1 h) * W_3 h). Decoding reads every weight once a code for both
-guidance rows. Source: arXiv 2505.23660, §3.3; REFERENCE §2.
+x += W_o attention(RMSNorm x); x += W_2 (silu(W_1 h) * W_3 h); logits at position p predict code p.
+Decoding reads every weight once a code, for both guidance rows. Source: arXiv 2505.23660, §3.3.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,8 @@ from dar_fast.sampling import (
     GuidanceScale,
     Sampling,
     choose,
-    gumbel_noise,
     guide,
+    gumbel_noise,
     resolve_seeds,
 )
 
@@ -25,7 +25,7 @@ INIT_STD = 0.02
 
 
 class KVCache:
-    """Keys and values of every layer, `[B, Hkv, N, Dh]` each, filled from the left up to `length`."""
+    """Keys and values of every layer, `[B, Hkv, N, Dh]`, filled from the left up to `length`."""
 
     def __init__(self, config: PriorConfig, batch: int, device: torch.device, dtype: torch.dtype):
         shape = (batch, config.key_value_heads, config.num_tokens, config.head_dim)
@@ -155,7 +155,7 @@ class Prior(nn.Module):
         return self.norm.weight.device
 
     def hidden(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Normalised last hidden rows `[B, n, D]` of embedded inputs `[B, n, D]`, behind a cache if given."""
+        """Normalised last hidden rows of embedded inputs `[B, n, D]`, behind a cache if given."""
         start = cache.length if cache is not None else 0
         end = start + x.shape[1]
         cos, sin = self.rotary.tables(x.device)
@@ -173,7 +173,7 @@ class Prior(nn.Module):
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Logits `[B, n, V]` fp32 of codes `[B, n]`, n ≤ N, for labels `[B]`.
 
-        Position p is the distribution of code p given the codes before it; the last code is not read.
+        Position p is the distribution of code p given those before it; the last is not read.
 
         Raises:
             ValueError: where a shape or a range does not fit.
@@ -196,13 +196,9 @@ class Prior(nn.Module):
             raise ValueError(f"codes: expected values in [0, {V}), got {low if low < 0 else high}")
 
     def check_labels(self, labels: Tensor, batch: int | None = None, null: bool = False) -> None:
-        """Raise ValueError unless `labels` is `[B]` int64, each a class (or the null class where allowed)."""
+        """Raise ValueError unless `labels` is `[B]` int64, each a class, or null where allowed."""
         top = self.config.num_classes + null
-        if (
-            labels.ndim != 1
-            or labels.dtype != torch.int64
-            or len(labels) != (batch or len(labels))
-        ):
+        if labels.ndim != 1 or labels.dtype != torch.int64 or len(labels) != (batch or len(labels)):
             raise ValueError(
                 f"labels: expected int64 [{batch or 'B'}], got {labels.dtype} {list(labels.shape)}"
             )
@@ -227,8 +223,8 @@ class Prior(nn.Module):
     ) -> Tensor:
         """Codes `[B, N]` int64 drawn for labels `[B]`; see `Sampling` for the settings.
 
-        `prefix_codes` `[B, P]` fixes the first P. The result of a row depends on its seed, label and
-        settings alone.
+        `prefix_codes` `[B, P]` fixes the first P. A row depends on its own seed, label and settings
+        alone.
 
         Raises:
             ValueError: where a setting, a shape or a range does not fit.

@@ -1,4 +1,4 @@
-"""Vector quantisation: z = W_in x, both sides l2-normalised, code = the nearest codebook row, ties to the lowest.
+"""Vector quantisation: z = W_in x and codebook l2-normalised, code = nearest row, ties to the lowest.
 
 vq = mean |e - sg(z)|^2, commit = 0.25 mean |sg(e) - z|^2, straight-through gradient to z.
 2 N V C FLOPs a picture. Source: arXiv 2505.23660, §3.1 (codebook of Yu et al., 2022).
@@ -39,10 +39,17 @@ class Quantizer(nn.Module):
         rows = z.detach().flatten(0, 1).to(self.codebook.dtype)  # autocast may have lowered it
         return vq_nearest(rows, self.codebook.detach()).view(z.shape[:2])
 
-    def quantize(self, z: Tensor) -> Quantized:
-        """Codes, straight-through embeddings and losses of pre-quantised rows `[B, N, C]`."""
+    def quantize(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
+        """Codes, straight-through embeddings and losses of pre-quantised rows `[B, N, C]`.
+
+        With `noise` `[B, N, C]` nothing is quantised: the rows pass with that noise and no VQ loss,
+        for the first steps of a training run, before a codebook is worth having.
+        """
         codes = self.nearest(z)
         z = F.normalize(z.float(), dim=-1)
+        if noise is not None:
+            free = z.new_zeros(codes.shape)
+            return Quantized(codes, F.normalize(z + noise, dim=-1), free, free)
         e = F.normalize(F.embedding(codes, self.codebook).float(), dim=-1)
         return Quantized(
             codes,

@@ -1,4 +1,4 @@
-"""Codes to condition tokens: c = LN(blocks(embedding + position)), causal, so that group g needs only its own past.
+"""Codes to condition tokens: c = LN(blocks(embedding + position)), causal: group g needs its past only.
 
 24 N D^2 FLOPs a block. Source: arXiv 2505.23660, §3.1.
 """

@@ -1,7 +1,7 @@
 """The sequential diffusion tokenizer: image -> codes -> conditions -> S denoising steps -> image.
 
-encode: encoder, then nearest codes. decode: step i of the solver reads group floor(i / S K + 0.5) of the condition
-tokens. Source: arXiv 2505.23660, §3; REFERENCE §3 and §4.
+encode: encoder, then nearest codes. decode: step i of the solver reads group floor(i / S K + 0.5) of
+the condition tokens. Source: arXiv 2505.23660, §3; REFERENCE §3 and §4.
 """
 
 from collections.abc import Sequence
@@ -136,7 +136,7 @@ class Tokenizer(nn.Module):
         return group_start(step, num_steps, self.config.num_groups, self.config.num_tokens)
 
     def advance(self, run: Trajectory, conditions: Tensor) -> None:
-        """One denoising step; `conditions` `[B, ≥ start + Q, D]` holds at least the group it reads."""
+        """One denoising step; `conditions` `[B, n, D]` holds at least the group that it reads."""
         start = self.group_start(run.step, len(run.times) - 1)
         group = conditions[:, start : start + self.config.group_size]
         t = torch.full((len(run.x),), run.time, device=run.x.device)
@@ -158,7 +158,8 @@ class Tokenizer(nn.Module):
 
         Args:
             codes: int64 in [0, V).
-            noise: `[B, 3, R, R]` to start from; else drawn from `seeds`, one a picture; by default 0, 1, ….
+            noise: `[B, 3, R, R]` to start from; else drawn from `seeds`.
+            seeds: one a picture, or the first of a range; 0, 1, … by default.
             num_steps: S ≥ 1; the configuration's by default.
             solver: "adams2" or "euler".
             stop_after: stop after this many steps, in [1, S], and return the preview there.
@@ -187,16 +188,19 @@ class Tokenizer(nn.Module):
             self.advance(run, conditions)
         return run.image() if stop_after is None else run.preview(preview)
 
-    def training_forward(self, images: Tensor, u: Tensor, noise: Tensor) -> TokenizerTraining:
-        """Losses at drawn times `u` `[B]` in [0, 1) and noise `[B, 3, R, R]`, as published (REFERENCE §4).
+    def training_forward(
+        self, images: Tensor, u: Tensor, noise: Tensor, code_noise: Tensor | None = None
+    ) -> TokenizerTraining:
+        """Losses at drawn times `u` `[B]` in [0, 1) and noise `[B, 3, R, R]` (REFERENCE §4).
 
-        Only the drawn group's conditions reach the pixel DiT; the VQ losses cover the tokens up to it.
-        With `u` `[m B]` and noise `[m B, 3, R, R]` every picture serves m draws, row i the picture i mod B,
-        and the encoder and the token decoder run once.
+        Only the drawn group's conditions reach the pixel DiT; the VQ losses cover the tokens up to
+        it. With `u` `[m B]` and noise `[m B, 3, R, R]` every picture serves m draws, row i the picture
+        i mod B, and the encoder and the token decoder run once. `code_noise` `[B, N, C]` stands in
+        for quantising.
         """
         config = self.config
         Q = config.group_size
-        quantized = self.quantizer.quantize(self.pre_quantize(images))
+        quantized = self.quantizer.quantize(self.pre_quantize(images), code_noise)
         conditions = self.token_decoder(self.quantizer.proj_out(quantized.embedding))  # [B, N, D]
         if len(u) > len(images):  # several draws a picture share the passes so far
             images, conditions, vq, commit = (

@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dar_fast.models.tokenizer import Tokenizer
+from dar_kernels import vq_nearest
+
+KMEANS_ROUNDS = 8
 
 
 @torch.no_grad()
@@ -19,7 +22,7 @@ def encoder_rows(tokenizer: Tokenizer, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def start_from_rows(codebook: Tensor, rows: Tensor, generator: torch.Generator) -> None:
-    """Fill `codebook` [V, C] in place with rows drawn without replacement, as far as they last."""
+    """Fit `codebook` [V, C] in place to `rows` [M, C]: some of them, then spherical k-means."""
     V, C = codebook.shape
     device = rows.device
     drawn = torch.randperm(len(rows), generator=generator, device=device)[:V]
@@ -27,6 +30,11 @@ def start_from_rows(codebook: Tensor, rows: Tensor, generator: torch.Generator) 
     noise = 0.02 * torch.randn(V, C, generator=generator, device=device)
     codebook.add_(noise.to(codebook.dtype))  # no two codes may start as one
     codebook.copy_(F.normalize(codebook, dim=-1))
+    for _ in range(KMEANS_ROUNDS):
+        codes = vq_nearest(rows, codebook.to(rows.dtype))
+        sums = torch.zeros_like(codebook).index_add_(0, codes, rows.to(codebook.dtype))
+        used = torch.bincount(codes, minlength=V) > 0
+        codebook[used] = F.normalize(sums[used], dim=-1)
 
 
 class CodebookUse:

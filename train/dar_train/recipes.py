@@ -103,12 +103,15 @@ class TokenizerRecipe(Recipe):
         False  # start the codebook from encoder outputs of the first pictures
     )
     gate_init: float = 0.0  # start of the gates; 0.1 instead of the published 0 starts faster
+    continuous_steps: int = 0  # first steps without quantising, before the codebook is fitted
     revive_after: int | None = None  # steps without use after which a code restarts from the data
 
     def __post_init__(self) -> None:
         # a slotted dataclass is a new class, so the zero-argument super() does not find it
         Recipe.__post_init__(self)
         _check(self, "draws_per_image", self.draws_per_image > 0, "a positive number")
+        continuous = self.continuous_steps
+        _check(self, "continuous_steps", continuous >= 0, "a number of steps >= 0")
         revive = self.revive_after
         _check(self, "revive_after", revive is None or revive > 0, "a positive number of steps")
         for field in ("lpips_weight", "repa_weight"):
@@ -183,9 +186,9 @@ TOKENIZER_V1 = TokenizerRecipe(
 )  # fmt: skip
 TOKENIZER_LITE = dataclasses.replace(TOKENIZER_V1, preset="lite", model="lite")
 TOKENIZER_DEMO = TokenizerRecipe(
-    preset="demo", model="demo", minutes=80.0, batch=64, optimizer="muon", lr=1e-3, warmup=100,
-    schedule="wsd", decay_fraction=0.25, ema=0.998, augment=True, codebook_from_data=True,
-    revive_after=200, gate_init=0.1,
+    preset="demo", model="demo", minutes=80.0, batch=40, optimizer="muon", lr=1e-3, warmup=100,
+    schedule="wsd", decay_fraction=0.3, ema=0.998, augment=True, codebook_from_data=True,
+    continuous_steps=300, revive_after=50, gate_init=0.1, draws_per_image=2,
 )  # fmt: skip
 
 PRIOR_L = PriorRecipe(

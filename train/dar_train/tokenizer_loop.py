@@ -22,6 +22,7 @@ from dar_train.reporting import logger
 EVAL_CHUNK = 64
 GRID_PICTURES = 12
 START_PICTURES = 512  # whose encoder rows start the codebook
+CODE_NOISE = 0.1  # a channel, in the continuous steps: about the error of 4096 codes on the sphere
 
 
 def _attention(device: torch.device) -> AbstractContextManager[None]:
@@ -56,9 +57,11 @@ class TokenizerTask:
             if model.config.dit.repa_layer is None:
                 raise ValueError("repa_weights: expected a model with dit.repa_layer, got none")
             self.alignment = alignment_loss(recipe.repa_weights, device)
-        self._forward = model.training_forward
-        if recipe.compile:
-            self._forward = torch.compile(model.training_forward)
+        self.step = 0
+        if recipe.compile:  # block by block: one compilation serves all blocks of a kind
+            for stack in (model.encoder.layers, model.token_decoder.layers, model.pixel_dit.blocks):
+                for block in stack:
+                    block.compile(dynamic=False)
         generator = torch.Generator().manual_seed(derived_seed(recipe.seed, 2))
         chosen = data.held_out[torch.randperm(len(data.held_out), generator=generator)]
         chosen = chosen[: recipe.eval_pictures].sort().values
@@ -87,8 +90,13 @@ class TokenizerTask:
         u = torch.rand(draws * len(images), generator=generator, device=self.device)
         shape = (draws * len(images), *images.shape[1:])
         noise = torch.randn(shape, generator=generator, device=self.device)
+        code_noise = None
+        if self.step < self.recipe.continuous_steps:
+            config = self.model.config
+            rows = (len(images), config.num_tokens, config.code_dim)
+            code_noise = CODE_NOISE * torch.randn(rows, generator=generator, device=self.device)
         with self.autocast, _attention(self.device):
-            out = self._forward(images, u, noise)
+            out = self.model.training_forward(images, u, noise, code_noise)
             loss = self._parts(images.repeat(draws, 1, 1, 1) if draws > 1 else images, out)
         self.use.count(out.codes)
         return loss
@@ -103,8 +111,16 @@ class TokenizerTask:
                 [encoder_rows(self.model, part) for part in chunks(images, EVAL_CHUNK)]
             )
         start_from_rows(self.model.quantizer.codebook, rows, generator)
+        self.use.idle.zero_()
 
     def after_step(self, step: int, indices: Tensor, loop: Loop) -> dict[str, float]:
+        self.step = step
+        if step == self.recipe.continuous_steps and self.recipe.codebook_from_data:
+            self.start_codebook()
+            averaged = loop.ema.module.get_parameter("quantizer.codebook")
+            averaged.copy_(self.model.quantizer.codebook.detach())
+        if step <= self.recipe.continuous_steps:
+            return {}
         after = self.recipe.revive_after
         if after is None or step % after or loop.done > 1 - self.recipe.decay_fraction:
             return {}
@@ -160,9 +176,10 @@ class TokenizerTask:
         figures.save_grid(torch.stack(columns, dim=1), file)
 
     def extra_state(self) -> dict[str, object]:
-        return {"idle": self.use.idle.tolist()}
+        return {"idle": self.use.idle.tolist(), "step": self.step}
 
     def load_extra_state(self, state: dict[str, object]) -> None:
+        self.step = int(str(state["step"]))
         idle = torch.tensor(state["idle"], dtype=torch.int32, device=self.device)
         if idle.shape != self.use.idle.shape:
             raise ValueError(f"checkpoint: expected {len(self.use.idle)} codes, got {idle.numel()}")
@@ -184,7 +201,7 @@ def train_tokenizer(recipe: TokenizerRecipe) -> bool:
     torch.manual_seed(derived_seed(recipe.seed, 4))
     model = Tokenizer(config, recipe.gate_init).to(device)
     task = TokenizerTask(recipe, model, data, device)
-    if recipe.codebook_from_data:
+    if recipe.codebook_from_data and recipe.continuous_steps == 0:
         task.start_codebook()
     loop = Loop(recipe, task, device)
     count = sum(parameter.numel() for parameter in loop.parameters)
