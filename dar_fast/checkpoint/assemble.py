@@ -66,16 +66,12 @@ def build(
     """
     try:
         module = empty(component, len(tensors))
+        expected = module.state_dict()
+        check_names(set(expected), set(tensors))
+        check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    expected = module.state_dict()
-    check_names(set(expected), set(tensors), where)
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(
-                f"{where}: {name}: expected shape {list(expected[name].shape)}, "
-                f"got {list(tensor.shape)}"
-            )
         if not tensor.is_floating_point():
             raise CheckpointError(f"{where}: {name}: expected floating point, got {tensor.dtype}")
         tensors[name] = tensor.to(device=device or "cpu", dtype=dtype)
@@ -85,7 +81,7 @@ def build(
     return module.eval()
 
 
-def check_names(expected: set[str], got: set[str], where: str) -> None:
+def check_names(expected: set[str], got: set[str]) -> None:
     """Raise CheckpointError unless the two sets of names are the same."""
     missing, unexpected = expected - got, got - expected
     parts = [
@@ -95,8 +91,17 @@ def check_names(expected: set[str], got: set[str], where: str) -> None:
     ]
     if parts:
         raise CheckpointError(
-            f"{where}: expected {len(expected)} tensors, got {len(got)}; {'; '.join(parts)}"
+            f"expected {len(expected)} tensors, got {len(got)}; {'; '.join(parts)}"
         )
 
 
-__all__ = ["Component", "Kind", "build", "check_names", "empty", "names_of"]
+def check_shapes(expected: dict[str, Tensor], got: dict[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError at the first tensor of another shape."""
+    for name, shape in got.items():
+        if tuple(expected[name].shape) != shape:
+            raise CheckpointError(
+                f"{name}: expected shape {list(expected[name].shape)}, got {list(shape)}"
+            )
+
+
+__all__ = ["Component", "Kind", "build", "check_names", "check_shapes", "empty", "names_of"]

@@ -149,7 +149,7 @@ def read_config(folder: str | os.PathLike[str]) -> Component:
         CheckpointError: where config.json is missing, damaged or of something else.
     """
     path = Path(folder) / CONFIG
-    values = _read_json(path)
+    values = read_json(path)
     name = values.get("_class")
     config = {key: value for key, value in values.items() if not key.startswith("_")}
     try:
@@ -181,7 +181,7 @@ def weight_files(folder: str | os.PathLike[str]) -> dict[Path, set[str] | None]:
         CheckpointError: where a file is missing, or the index is damaged.
     """
     root = Path(folder)
-    weights = _read_json(root / CONFIG).get("_weights")
+    weights = read_json(root / CONFIG).get("_weights")
     if weights is None:
         weights = INDEX if (root / INDEX).is_file() else WEIGHTS
     if weights == WEIGHTS:
@@ -190,7 +190,7 @@ def weight_files(folder: str | os.PathLike[str]) -> dict[Path, set[str] | None]:
         raise CheckpointError(
             f"{root / CONFIG}: expected _weights {WEIGHTS} or {INDEX}, got {weights!r}"
         )
-    where = _read_json(root / INDEX).get("weight_map")
+    where = read_json(root / INDEX).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise CheckpointError(f"{root / INDEX}: expected a weight_map, got {type(where).__name__}")
     files: dict[str, set[str]] = {}
@@ -207,7 +207,12 @@ def _present(path: Path) -> Path:
     return path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of at most 16 MiB.
+
+    Raises:
+        CheckpointError: where it is missing, damaged or something else.
+    """
     try:
         with path.open("rb") as file:
             text = file.read(MAX_JSON_BYTES + 1)
@@ -225,6 +230,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 __all__ = [
-    "CONFIG", "INDEX", "MAX_SHARD_BYTES", "WEIGHTS", "load_model", "read_config", "read_weights",
-    "save_model", "weight_files", "write_safetensors",
+    "CONFIG", "INDEX", "MAX_SHARD_BYTES", "WEIGHTS", "load_model", "read_config", "read_json",
+    "read_weights", "save_model", "weight_files", "write_safetensors",
 ]  # fmt: skip

@@ -29,8 +29,7 @@ def read_torch_file(
         limits: bounds on the pickle and the archive.
 
     Raises:
-        CheckpointError: where the file is damaged, or names what it may not; it says what.
-        OSError: where it cannot be opened.
+        CheckpointError: where the file is missing, damaged, or names what it may not.
     """
     limits = limits or Limits()
     try:
@@ -41,6 +40,8 @@ def read_torch_file(
             raise CheckpointError(f"pickle larger than {limits.pickle_bytes} bytes")
         value = Machine(archive.read("data.pkl"), Storages(archive, limits), limits).run()
         check_depth(value, limits.depth)
+    except OSError as error:
+        raise CheckpointError(f"{os.fspath(path)}: cannot be read ({error.strerror})") from error
     except CheckpointError as error:
         raise CheckpointError(f"{os.fspath(path)}: {error}") from None
     return value

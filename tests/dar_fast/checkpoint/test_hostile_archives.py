@@ -219,8 +219,10 @@ def test_other_files(tmp_path, read, write, message):
 
 
 def test_missing_file(tmp_path, read):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         read(tmp_path / "none.pt")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read(tmp_path)
 
 
 def test_truncated_everywhere(saved, read):
