@@ -1,6 +1,6 @@
 """What a model is: frozen configurations and the presets of the paper.
 
-A prior's cost is its weights (one read a token); a tokenizer's is its pixel DiT (S passes a picture).
+A prior costs its weights, read once a token; a tokenizer its pixel DiT, S passes a picture.
 Source: arXiv 2505.23660, §4 and the released checkpoints.
 """
 
@@ -51,7 +51,8 @@ class PriorConfig:
         _check(self, dim=2, depth=1, heads=1, vocab_size=2, num_tokens=1, num_classes=1)
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(
-                f"PriorConfig: expected dim divisible into {self.heads} heads of even width, got {self.dim}"
+                f"PriorConfig: expected dim divisible into {self.heads} heads of even width, "
+                f"got {self.dim}"
             )
         if self.kv_heads is not None:
             _check(self, kv_heads=1)
@@ -88,7 +89,7 @@ class PriorConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PixelDiTConfig:
-    """The diffusion decoder: a DiT over pixel patches, conditioned on one group of tokens a step."""
+    """The diffusion decoder: a DiT over pixel patches, under one group of tokens a step."""
 
     dim: int = 768
     depth: int = 12
@@ -151,7 +152,8 @@ class TokenizerConfig:
         ):
             if self.image_size % patch:
                 raise ValueError(
-                    f"TokenizerConfig: expected {name} dividing image_size {self.image_size}, got {patch}"
+                    f"TokenizerConfig: expected {name} dividing image_size {self.image_size}, "
+                    f"got {patch}"
                 )
         if self.num_tokens % self.num_groups:
             raise ValueError(
@@ -165,8 +167,8 @@ class TokenizerConfig:
         for name in ("encoder_dim", "decoder_dim"):
             if getattr(self, name) % self.head_dim or self.head_dim % 4:
                 raise ValueError(
-                    f"TokenizerConfig: expected {name} divisible by a head_dim that is a multiple of 4, "
-                    f"got {getattr(self, name)} and {self.head_dim}"
+                    f"TokenizerConfig: expected {name} divisible by a head_dim that is a multiple "
+                    f"of 4, got {getattr(self, name)} and {self.head_dim}"
                 )
 
     @property

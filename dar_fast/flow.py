@@ -1,8 +1,9 @@
 """The diffusion side: time shift, condition schedule, solvers and previews.
 
-x_t = t x_1 + (1 - t) x_0, v = x_1 - x_0, x_1 = data_std * image. Times t_i = s(i / S), s(u) = u / (u + beta (1 - u)).
-Euler: x += h v; Adams-Bashforth 2: x += h (1.5 v_i - 0.5 v_{i-1}), plain weights, first step Euler. A preview is a
-by-product of the trajectory: no network evaluation. Source: arXiv 2505.23660, §3.2; REFERENCE §4.
+x_t = t x_1 + (1 - t) x_0, v = x_1 - x_0, x_1 = data_std * image; times t_i = s(i / S) with
+s(u) = u / (u + beta (1 - u)). Euler: x += h v; Adams-Bashforth 2: x += h (1.5 v_i - 0.5 v_{i-1}) with
+plain weights, first step Euler. A preview is a by-product of the trajectory: no network evaluation.
+Source: arXiv 2505.23660, §3.2; REFERENCE §4.
 """
 
 import math
@@ -29,7 +30,7 @@ def sampling_times(num_steps: int, beta: float) -> Tensor:
 
 
 def group_start(step: int, num_steps: int, num_groups: int, num_tokens: int) -> int:
-    """First token of the group that step `step` of `num_steps` reads: floor(i / S K + 0.5), clamped."""
+    """First token of the group that step i of S reads: group floor(i / S K + 0.5), clamped."""
     group_size = num_tokens // num_groups
     group = math.floor(step / num_steps * num_groups + 0.5)
     return min(group * group_size, num_tokens - group_size)

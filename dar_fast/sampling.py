@@ -1,7 +1,7 @@
 """Choosing a code: guidance, temperature, top-k, top-p, and one random stream a request.
 
-logits = uncond + s (cond - uncond); then softmax(logits / temperature) filtered; drawn by Gumbel-max with noise that
-is a function of (seed, position, code) alone, so that a request never depends on its neighbours in the batch.
+logits = uncond + s (cond - uncond); softmax(logits / temperature), filtered; drawn by Gumbel-max with
+noise that is a function of (seed, position, code) alone: a request never depends on its batch.
 Source: REFERENCE §2; Philox4x32-10 from Salmon et al. (2011).
 """
 
@@ -26,7 +26,7 @@ class Sampling:
     """How codes are drawn.
 
     Args:
-        guidance_scale: constant, or (first, last) of a linear schedule over the codes; 1 or less: unguided.
+        guidance_scale: constant, or (first, last), linear over the codes; unguided where ≤ 1.
         temperature: ≥ 0; 0 is greedy.
         top_k: codes kept by rank, 0 keeps all.
         top_p: probability mass kept, in (0, 1].
@@ -93,7 +93,7 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) 
 
 
 def choose(logits: Tensor, gumbel: Tensor | None, sampling: Sampling) -> Tensor:
-    """Codes `[B]` from guided logits `[B, V]` fp32 and Gumbel noise `[B, V]`; greedy at temperature 0."""
+    """Codes `[B]` from guided logits and Gumbel noise, both `[B, V]`; greedy at temperature 0."""
     if sampling.temperature == 0 or gumbel is None:
         return logits.argmax(-1)
     filtered = filter_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p)
@@ -101,20 +101,22 @@ def choose(logits: Tensor, gumbel: Tensor | None, sampling: Sampling) -> Tensor:
 
 
 def resolve_seeds(seeds: int | Sequence[int] | Tensor | None, batch: int) -> list[int]:
-    """One seed a request: as given, or drawn from torch's default generator; one integer s means s, s + 1, …
+    """One seed a request: as given, or drawn from torch's generator; an integer s: s, s + 1, …
 
     Raises:
         ValueError: where their number is not `batch` or one is outside [0, 2^63).
     """
     if seeds is None:
-        return torch.randint(0, 2**53, (batch,)).tolist()  # type: ignore[no-any-return]
+        return torch.randint(0, 2**53, (batch,)).tolist()
     if isinstance(seeds, Tensor):
         if seeds.is_floating_point() or seeds.dtype == torch.bool:
             raise ValueError(f"seeds: expected integers, got {seeds.dtype}")
         seeds = seeds.flatten().tolist()
-    if isinstance(seeds, int) and not isinstance(seeds, bool):
+    if isinstance(seeds, int):
         seeds = range(seeds, seeds + batch)
-    values = list(seeds) if isinstance(seeds, Sequence) else [seeds]
+    if not isinstance(seeds, Sequence):
+        raise TypeError(f"seeds: expected integers, got {type(seeds).__name__}")
+    values: list[int] = list(seeds)
     if len(values) != batch:
         raise ValueError(f"seeds: expected {batch}, one a picture, got {len(values)}")
     for seed in values:
@@ -124,9 +126,9 @@ def resolve_seeds(seeds: int | Sequence[int] | Tensor | None, batch: int) -> lis
 
 
 def philox(key: Tensor, c0: Tensor, c1: Tensor, c2: int) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of the 64-bit `key` and the counter (c0, c1, c2, 0): four int64 tensors of 32 random bits."""
+    """Philox4x32-10 of a 64-bit key and the counter (c0, c1, c2, 0): four tensors of 32 bits."""
     k0, k1 = key & _MASK, (key >> 32) & _MASK
-    x0, x1 = torch.broadcast_tensors(c0, c1)
+    x0, x1 = c0 + torch.zeros_like(c1), c1 + torch.zeros_like(c0)
     x2, x3 = torch.full_like(x0, c2), torch.zeros_like(x0)
     for _ in range(10):
         p0, p1 = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]  # low 64 bits; the sign is masked off
@@ -149,7 +151,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """Gumbel noise `[B, n, V]` fp32 for seeds `[B]` int64 and code positions `[n]` int64."""
     blocks = torch.arange(-(-vocab_size // 4), device=seeds.device)
     bits = philox(seeds[:, None, None], blocks, positions[:, None], _STREAM_CODES)
-    uniform = _open_uniform(torch.stack(torch.broadcast_tensors(*bits), dim=-1).flatten(-2))
+    uniform = _open_uniform(torch.stack(bits, dim=-1).flatten(-2))
     return -torch.log(-torch.log(uniform[..., :vocab_size]))
 
 

@@ -4,11 +4,13 @@ Patches see all patches and no query; query i sees all patches and the queries u
 24 (P + N) D^2 FLOPs a block for P patches. Source: arXiv 2505.23660, §3.1.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from dar_fast.config import TokenizerConfig
-from dar_fast.models.layers import GatedBlock, Rotary2D, layer_norm
+from dar_fast.models.layers import GatedBlock, Rotary, grid_angles, layer_norm
 
 
 class Encoder(nn.Module):
@@ -25,7 +27,9 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(
             GatedBlock(D, config.head_dim, gate_init) for _ in range(config.encoder_depth)
         )
-        self.rotary = Rotary2D(self.grid, self.grid, config.head_dim, identity=config.num_tokens)
+        self.rotary = Rotary(
+            partial(grid_angles, self.grid, self.grid, config.head_dim, config.num_tokens)
+        )
 
     def mask(self, device: torch.device) -> Tensor:
         """`[P + N, P + N]`, true where the row looks at the column."""

@@ -5,6 +5,8 @@ each head of q and k before the rotation. A block costs 24 N D^2 + 4 N^2 D FLOPs
 Source: arXiv 2505.23660, §3.1; RoPE from Su et al. (2021), interleaved pairs.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,18 +26,30 @@ def rope_angles(positions: Tensor, dim: int, base: float = ROPE_BASE) -> Tensor:
     return positions[:, None] * base**-exponents
 
 
-class Rotary(nn.Module):
+def grid_angles(
+    rows: int, columns: int, head_dim: int, identity: int, device: torch.device
+) -> Tensor:
+    """fp64 angles `[rows columns + identity, Dh / 2]`: the row's on half a head, then the column's.
+
+    `identity` unrotated tokens follow the grid.
+    """
+    half = head_dim // 2
+    row = rope_angles(torch.arange(rows, dtype=torch.float64, device=device), half)
+    column = rope_angles(torch.arange(columns, dtype=torch.float64, device=device), half)
+    shape = (rows, columns, half // 2)
+    grid = torch.cat((row[:, None].expand(shape), column[None].expand(shape)), dim=-1)
+    return F.pad(grid.flatten(0, 1), (0, 0, 0, identity))
+
+
+class Rotary:
     """Rotation tables, one a device, made at first use: cos and sin of `[N, Dh / 2]` in fp32.
 
     They are no buffers: a cast of the model to bf16 must leave the angles alone.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, angles: Callable[[torch.device], Tensor]) -> None:
+        self.angles = angles
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    def angles(self, device: torch.device) -> Tensor:
-        raise NotImplementedError
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(cos, sin), each `[N, Dh / 2]` fp32 on `device`."""
@@ -45,31 +59,10 @@ class Rotary(nn.Module):
         return self._tables[device]
 
 
-class Rotary2D(Rotary):
-    """Row angles on the first half of a head, column angles on the second.
-
-    `identity` unrotated tokens follow the grid.
-    """
-
-    def __init__(self, rows: int, columns: int, head_dim: int, identity: int = 0) -> None:
-        super().__init__()
-        self.rows, self.columns, self.head_dim, self.identity = rows, columns, head_dim, identity
-
-    def angles(self, device: torch.device) -> Tensor:
-        half = self.head_dim // 2
-        row = rope_angles(torch.arange(self.rows, dtype=torch.float64, device=device), half)
-        column = rope_angles(torch.arange(self.columns, dtype=torch.float64, device=device), half)
-        shape = (self.rows, self.columns, half // 2)
-        grid = torch.cat(
-            (row[:, None].expand(shape), column[None].expand(shape)), dim=-1
-        )  # [rows, columns, Dh / 2]
-        return F.pad(grid.flatten(0, 1), (0, 0, 0, self.identity))
-
-
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the interleaved pairs (0, 1), (2, 3), … of `x` `[..., N, Dh]`; fp32 inside."""
     cos, sin = tables  # [N, Dh / 2]
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.view(*x.shape[:-1], -1, 2).unbind(-1)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return rotated.flatten(-2).to(x.dtype)
 
@@ -91,7 +84,7 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(head_dim, eps=NORM_EPS)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, N, Dh]
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # [B, H, N, Dh]
 
     def keys_values(
         self, context: Tensor, tables: tuple[Tensor, Tensor] | None = None

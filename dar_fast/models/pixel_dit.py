@@ -9,6 +9,7 @@ Compute bound: 40 D^2 FLOPs a patch and block beside attention. Source: arXiv 25
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_fast.config import PixelDiTConfig
-from dar_fast.models.layers import MLP, Attention, Rotary2D, layer_norm
+from dar_fast.models.layers import MLP, Attention, Rotary, grid_angles, layer_norm
 
 TIME_PERIOD = 10_000.0
 TIME_SCALE = 1000.0
@@ -89,7 +90,7 @@ class PixelDiT(nn.Module):
         self.conv_in = nn.Linear(3 * P * P, D)
         self.conv_out = nn.Linear(D, 3 * P * P)
         self.blocks = nn.ModuleList(DiTBlock(D, config.head_dim) for _ in range(config.depth))
-        self.rotary = Rotary2D(self.grid, self.grid, config.head_dim)
+        self.rotary = Rotary(partial(grid_angles, self.grid, self.grid, config.head_dim, 0))
         if config.repa_layer is not None:
             self.repa_out = nn.Sequential(
                 nn.Linear(D, REPA_HIDDEN), nn.SiLU(),
@@ -111,7 +112,7 @@ class PixelDiT(nn.Module):
     def align(self, x: Tensor) -> Tensor:
         """The REPA head: patches average-pooled to 16 x 16, then projected, `[B, 256, 768]`."""
         pooled = F.adaptive_avg_pool2d(
-            x.transpose(1, 2).unflatten(2, (self.grid, self.grid)), REPA_GRID
+            x.transpose(1, 2).reshape(len(x), -1, self.grid, self.grid), REPA_GRID
         )
         return self.repa_out(pooled.flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
 

@@ -5,6 +5,7 @@ Decoding reads every weight once a code, for both guidance rows. Source: arXiv 2
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -55,16 +56,10 @@ class RMSNorm(nn.Module):
         return normed.to(x.dtype) * self.weight
 
 
-class Rotary1D(Rotary):
-    """Angles of positions 0 … N - 1, computed in fp32 as published."""
-
-    def __init__(self, num_tokens: int, head_dim: int, base: float) -> None:
-        super().__init__()
-        self.num_tokens, self.head_dim, self.base = num_tokens, head_dim, base
-
-    def angles(self, device: torch.device) -> Tensor:
-        positions = torch.arange(self.num_tokens, dtype=torch.float32, device=device)
-        return rope_angles(positions, self.head_dim, self.base)
+def line_angles(num_tokens: int, head_dim: int, base: float, device: torch.device) -> Tensor:
+    """Angles `[N, Dh / 2]` of positions 0 … N - 1, in fp32 as published."""
+    positions = torch.arange(num_tokens, dtype=torch.float32, device=device)
+    return rope_angles(positions, head_dim, base)
 
 
 class PriorAttention(nn.Module):
@@ -144,7 +139,9 @@ class Prior(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(dropout)
-        self.rotary = Rotary1D(config.num_tokens, config.head_dim, config.rope_base)
+        self.rotary = Rotary(
+            partial(line_angles, config.num_tokens, config.head_dim, config.rope_base)
+        )
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=INIT_STD)

@@ -1,4 +1,4 @@
-"""Vector quantisation: z = W_in x and codebook l2-normalised, code = nearest row, ties to the lowest.
+"""Vector quantisation: z = W_in x and codebook l2-normalised, code = nearest row, lowest of ties.
 
 vq = mean |e - sg(z)|^2, commit = 0.25 mean |sg(e) - z|^2, straight-through gradient to z.
 2 N V C FLOPs a picture. Source: arXiv 2505.23660, §3.1 (codebook of Yu et al., 2022).

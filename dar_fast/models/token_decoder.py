@@ -1,7 +1,9 @@
-"""Codes to condition tokens: c = LN(blocks(embedding + position)), causal: group g needs its past only.
+"""Codes to condition tokens: c = LN(blocks(embedding + position)), causal, so groups can stream.
 
 24 N D^2 FLOPs a block. Source: arXiv 2505.23660, §3.1.
 """
+
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -34,6 +36,6 @@ class TokenDecoder(nn.Module):
         x = x + self.position_embedding.weight[start : start + x.shape[1]]
         grown: TokenCache = []
         for i, layer in enumerate(self.layers):
-            x, entry = layer.extend(x, cache[i] if cache else None)
+            x, entry = cast(GatedBlock, layer).extend(x, cache[i] if cache else None)
             grown.append(entry)
         return layer_norm(x), grown

@@ -1,7 +1,7 @@
 """The sequential diffusion tokenizer: image -> codes -> conditions -> S denoising steps -> image.
 
-encode: encoder, then nearest codes. decode: step i of the solver reads group floor(i / S K + 0.5) of
-the condition tokens. Source: arXiv 2505.23660, §3; REFERENCE §3 and §4.
+encode: encoder, then nearest codes. decode: step i of the solver reads group
+floor(i / S K + 0.5) of the condition tokens. Source: arXiv 2505.23660, §3; REFERENCE §3 and §4.
 """
 
 from collections.abc import Sequence
@@ -194,9 +194,9 @@ class Tokenizer(nn.Module):
         """Losses at drawn times `u` `[B]` in [0, 1) and noise `[B, 3, R, R]` (REFERENCE §4).
 
         Only the drawn group's conditions reach the pixel DiT; the VQ losses cover the tokens up to
-        it. With `u` `[m B]` and noise `[m B, 3, R, R]` every picture serves m draws, row i the picture
-        i mod B, and the encoder and the token decoder run once. `code_noise` `[B, N, C]` stands in
-        for quantising.
+        it. With `u` `[m B]` and noise `[m B, 3, R, R]` every picture serves m draws, row i the
+        picture i mod B, and the encoder and the token decoder run once. `code_noise` `[B, N, C]`
+        stands in for quantising.
         """
         config = self.config
         Q = config.group_size
