@@ -10,9 +10,8 @@ from typing import TypeVar
 
 import tyro
 
-from dar_train.loop import TrainingError
-from dar_train.recipes import PRIOR_RECIPES, TOKENIZER_RECIPES
-from dar_train.reporting import logger, show_logs
+from dar_train.recipes import PRIOR_RECIPES, TOKENIZER_RECIPES, ClassifierRecipe
+from dar_train.reporting import shown_logs
 
 R = TypeVar("R")
 
@@ -29,7 +28,7 @@ def _parse(recipes: Mapping[str, R], argv: Sequence[str], program: str) -> R:
 
 
 def tokenizer(argv: Sequence[str]) -> None:
-    """Train the tokenizer."""
+    """Train the tokenizer; presets v1, lite, demo."""
     recipe = _parse(TOKENIZER_RECIPES, argv, "dar train tokenizer")
     from dar_train.tokenizer_loop import train_tokenizer
 
@@ -37,14 +36,46 @@ def tokenizer(argv: Sequence[str]) -> None:
 
 
 def prior(argv: Sequence[str]) -> None:
-    """Train the prior over a tokenizer's codes."""
+    """Train the prior over a tokenizer's codes; presets L, XL, demo."""
     recipe = _parse(PRIOR_RECIPES, argv, "dar train prior")
     from dar_train.prior_loop import train_prior
 
     train_prior(recipe)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"tokenizer": tokenizer, "prior": prior}
+def classifier(argv: Sequence[str]) -> None:
+    """Train the small classifier that judges samples."""
+    recipe = tyro.cli(ClassifierRecipe, args=list(argv), prog="dar train classifier")
+    from dar_train.classifier import train_classifier
+
+    train_classifier(recipe)
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Report a pipeline's figures on held-out pictures."""
+    from dar_train.evaluate import EvaluateRecipe
+    from dar_train.evaluate import evaluate as report
+
+    report(tyro.cli(EvaluateRecipe, args=list(argv), prog="dar train evaluate"))
+
+
+def export(argv: Sequence[str]) -> None:
+    """Join a trained tokenizer and prior into one pipeline folder."""
+    from dar_train.export import ExportRecipe, export_pipeline
+
+    export_pipeline(tyro.cli(ExportRecipe, args=list(argv), prog="dar train export"))
+
+
+def emoji(argv: Sequence[str]) -> None:
+    """Build the emoji data set."""
+    from dar_train.emoji import main as build
+
+    tyro.cli(build, args=list(argv), prog="dar train emoji")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    command.__name__: command for command in (emoji, tokenizer, prior, export, classifier, evaluate)
+}
 
 
 def run(argv: Sequence[str]) -> None:
@@ -53,14 +84,14 @@ def run(argv: Sequence[str]) -> None:
     Raises:
         ValueError: for an unknown subcommand or a bad flag value.
     """
-    show_logs()
     if not argv or argv[0] in ("-h", "--help"):
         lines = (f"  {name:<12}{command.__doc__}" for name, command in COMMANDS.items())
         sys.stdout.write("usage: dar train COMMAND [flags]\n\n" + "\n".join(lines) + "\n")
         return
     if argv[0] not in COMMANDS:
         raise ValueError(f"dar train: expected one of {sorted(COMMANDS)}, got {argv[0]!r}")
-    COMMANDS[argv[0]](argv[1:])
+    with shown_logs():
+        COMMANDS[argv[0]](argv[1:])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,10 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if argv is None else argv)
     except (ValueError, TypeError) as error:
-        logger.error("error: %s", error)
+        sys.stderr.write(f"error: {error}\n")
         return 2
-    except (TrainingError, RuntimeError, OSError) as error:
-        logger.error("error: %s", error)
+    except (RuntimeError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
         return 1
     return 0
 

@@ -1,4 +1,4 @@
-"""PSNR and picture grids."""
+"""PSNR, picture grids, and all previews of one solver run."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from dar_fast.files import atomic_write
+from dar_fast.models import Tokenizer
 from dar_train.data import to_uint8
 
 PSNR_CAP = 60.0  # dB, for pictures that are equal
@@ -43,3 +44,17 @@ def save_grid(pictures: Tensor, file: Path, *, scale: int = 2, gap: int = 2) -> 
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as temporary:
         image.save(temporary, format="PNG")
+
+
+@torch.no_grad()
+def previews(
+    tokenizer: Tokenizer, codes: Tensor, seeds: list[int], num_steps: int | None = None
+) -> list[Tensor]:
+    """Jump estimates after every step of one solver run, then the picture: S + 1 [B, 3, R, R]."""
+    run = tokenizer.trajectory(tokenizer.noise(seeds, len(codes)), num_steps)
+    conditions = tokenizer.conditions(codes)
+    seen = []
+    while not run.done:
+        tokenizer.advance(run, conditions)
+        seen.append(run.preview("jump"))
+    return [*seen, run.image()]

@@ -3,11 +3,14 @@
 A step costs 6 FLOPs a weight and code. Source: arXiv 2505.23660, §3.3 and §4.
 """
 
+import json
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_fast.config import PriorConfig
+from dar_fast.files import atomic_write
 from dar_fast.models.prior import Prior
 from dar_fast.models.tokenizer import Tokenizer
 from dar_train import figures
@@ -160,6 +163,8 @@ def train_prior(recipe: PriorRecipe) -> bool:
         "prior %s: %.1fM parameters, %d sequences of %d training pictures, %s",
         recipe.model, count / 1e6, len(task.order.indices), len(data.train), device,
     )  # fmt: skip
+    with atomic_write(recipe.out / "labels.json") as temporary:
+        temporary.write_text(json.dumps(data.label_names) + "\n")
     over = loop.run()
     export_component(loop.ema.module, recipe.out / "prior")
     return over

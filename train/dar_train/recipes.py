@@ -29,11 +29,8 @@ class Recipe:
         ValueError: where a value is out of its range, or neither steps nor minutes bound the run.
     """
 
-    preset: str = "demo"  # the recipe whose values the other flags override
     data: Path = Path("emoji-32.npz")  # a packed data set, or a folder with a sub-folder a label
     out: Path = Path("runs/run")  # folder for states, metrics, pictures and the final weights
-    model: str = "demo"  # a preset of dar_fast.config, or a config.json
-    override: tuple[str, ...] = ()  # changes to the model, such as dit.depth=8
     start: Start = "latest"  # resume the newest state, the one before the decay, or start afresh
     steps: int | None = None  # optimizer steps of the whole run, over all calls
     minutes: float | None = None  # training minutes of the whole run, over all calls
@@ -93,15 +90,16 @@ class TokenizerRecipe(Recipe):
     """Training of the sequential diffusion tokenizer."""
 
     out: Path = Path("runs/tokenizer")  # folder for states, metrics, pictures and the final weights
+    preset: str = "demo"  # the recipe whose values the other flags override
+    model: str = "demo"  # a preset of dar_fast.config, or a config.json
+    override: tuple[str, ...] = ()  # changes to the model, such as dit.depth=8
     augment: bool = False  # flips, small affine maps on white, colour changes
     lpips_weights: Path | None = None  # VGG-16 weights; adds the perceptual loss
     lpips_weight: float = 0.5  # of the perceptual loss
     repa_weights: Path | None = None  # DINOv2 ViT-B/14 weights; adds the alignment loss
     repa_weight: float = 0.5  # of the alignment loss
     draws_per_image: int = 1  # noise levels a picture and step; the encoder runs once for all
-    codebook_from_data: bool = (
-        False  # start the codebook from encoder outputs of the first pictures
-    )
+    codebook_from_data: bool = False  # fit the codebook to encoder outputs of the first pictures
     gate_init: float = 0.0  # start of the gates; 0.1 instead of the published 0 starts faster
     continuous_steps: int = 0  # first steps without quantising, before the codebook is fitted
     revive_after: int | None = None  # steps without use after which a code restarts from the data
@@ -128,6 +126,9 @@ class PriorRecipe(Recipe):
     """Training of the prior over a tokenizer's codes."""
 
     out: Path = Path("runs/prior")  # folder for states, metrics and the final weights
+    preset: str = "demo"  # the recipe whose values the other flags override
+    model: str = "demo"  # a preset of dar_fast.config, or a config.json
+    override: tuple[str, ...] = ()  # changes to the model, such as dit.depth=8
     tokenizer: Path = Path("runs/tokenizer/tokenizer")  # folder of the trained tokenizer
     flip: bool = False  # also train on mirrored pictures
     views: int = 0  # further augmented encodings of every picture
@@ -144,6 +145,26 @@ class PriorRecipe(Recipe):
         """The model's configuration, overrides applied."""
         values = _model_values(self.model, {k: v.to_dict() for k, v in PRIORS.items()})
         return PriorConfig.from_dict(_overridden(values, self.override))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifierRecipe(Recipe):
+    """Training of the small classifier that judges samples."""
+
+    out: Path = Path("runs/classifier")  # folder for states, metrics and the final weights
+    steps: int | None = 2000  # optimizer steps of the whole run, over all calls
+    lr: float = 1e-3  # peak rate of AdamW
+    weight_decay: float = 0.05  # on tensors of two or more dimensions
+    warmup: int = 100  # steps of linear warm-up
+    schedule: Schedule = "cosine"  # shape of the learning rate after the warm-up
+    ema: float = 0.99  # decay of the weight average
+    size: int = 32  # pixels a side of the pictures
+    width: int = 32  # channels at full size, a multiple of 8
+
+    def __post_init__(self) -> None:
+        Recipe.__post_init__(self)
+        _check(self, "size", self.size >= 8 and self.size % 8 == 0, "a positive multiple of 8")
+        _check(self, "width", self.width > 0 and self.width % 8 == 0, "a positive multiple of 8")
 
 
 def _model_values(model: str, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,174 @@
+"""Order without state, augmentation, and readers of pictures."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dar_train.data import (
+    Augmentation,
+    Order,
+    augment,
+    derived_seed,
+    load_pictures,
+    random_flip,
+    to_float,
+    to_uint8,
+)
+
+STILL = Augmentation(flip=0.0, affine=0.0, permute=0.0, jitter=0.0)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def picture(B: int = 6, R: int = 16) -> torch.Tensor:
+    images = torch.ones(B, 3, R, R)
+    images[:, :, 4:12, 5:11] = torch.rand(B, 3, 8, 6, generator=generator(1)) * 2 - 1
+    return images
+
+
+def write(path: Path, size: tuple[int, int] = (20, 16), value: int = 10) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, 0, 255)).save(path)
+
+
+def test_order_visits_everything_once_an_epoch() -> None:
+    order = Order(torch.arange(100, 110), seed=3)
+    first, second = order.take(0, 10), order.take(10, 10)
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(100, 110))
+    assert first.tolist() != second.tolist()
+
+
+def test_order_depends_on_position_only() -> None:
+    order = Order(torch.arange(7), seed=3)
+    whole = order.take(0, 50)
+    parts = [Order(torch.arange(7), seed=3).take(start, 5) for start in range(0, 50, 5)]
+    assert torch.equal(whole, torch.cat(parts))
+    assert not torch.equal(whole, Order(torch.arange(7), seed=4).take(0, 50))
+
+
+def test_order_refuses_nothing() -> None:
+    with pytest.raises(ValueError, match="at least one sample"):
+        Order(torch.arange(0), seed=0)
+
+
+def test_derived_seeds_differ() -> None:
+    seeds = {derived_seed(seed, a, b) for seed in range(3) for a in range(3) for b in range(5)}
+    assert len(seeds) == 45
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_bytes_round_trip() -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    floats = to_float(images)
+    assert float(floats.min()) == -1.0
+    assert float(floats.max()) == 1.0
+    assert torch.equal(to_uint8(floats), images)
+
+
+def test_augment_off_is_the_identity() -> None:
+    images = picture()
+    torch.testing.assert_close(augment(images, generator(), STILL), images, atol=1e-5, rtol=0)
+
+
+def test_augment_flip_mirrors() -> None:
+    images = picture()
+    flipped = augment(images, generator(), STILL._replace(flip=1.0))
+    torch.testing.assert_close(flipped, images.flip(-1), atol=1e-5, rtol=0)
+
+
+def test_augment_is_a_function_of_the_generator() -> None:
+    images = picture()
+    a, b, c = (augment(images, generator(seed)) for seed in (5, 5, 6))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_augment_stays_in_range_on_white_and_keeps_most_ink() -> None:
+    images = picture(64)
+    out = augment(images, generator(2))
+    assert float(out.min()) >= -1 - 1e-5
+    assert float(out.max()) <= 1 + 1e-5
+    corners = out[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
+    torch.testing.assert_close(corners, torch.ones_like(corners))
+    before, after = (1 - images).sum(dim=(1, 2, 3)), (1 - out).sum(dim=(1, 2, 3))
+    assert float((after / before).min()) > 0.4
+    assert float((after / before).max()) < 1.6
+
+
+def test_augment_shift_is_bounded() -> None:
+    images = torch.ones(200, 3, 32, 32)
+    images[:, :, 15:17, 15:17] = -1
+    out = augment(images, generator(), STILL._replace(affine=1.0, scale=0.0, rotation=0.0))
+    ink = (1 - out[:, 0]) / (1 - out[:, 0]).sum(dim=(1, 2), keepdim=True)
+    rows = (ink.sum(dim=2) * torch.arange(32)).sum(dim=1) - 15.5
+    assert 2.0 < float(rows.abs().max()) <= 3.0 + 1e-3
+
+
+def test_permuted_channels_keep_the_values() -> None:
+    images = picture(32)
+    out = augment(images, generator(), STILL._replace(permute=1.0))
+    torch.testing.assert_close(out.sort(dim=1).values, images.sort(dim=1).values, atol=1e-5, rtol=0)
+    assert not torch.allclose(out, images, atol=1e-3)
+
+
+def test_random_flip_mirrors_some() -> None:
+    images = picture(40)
+    out = random_flip(images, generator())
+    same = (out == images).flatten(1).all(dim=1)
+    mirrored = (out == images.flip(-1)).flatten(1).all(dim=1)
+    assert bool((same | mirrored).all())
+    assert 5 < int(mirrored.sum()) < 35
+
+
+def test_folder_of_pictures(tmp_path) -> None:
+    for label, name in enumerate(("cat", "dog")):
+        for i in range(10):
+            write(tmp_path / name / f"{i}.png", value=100 * label)
+    (tmp_path / "cat" / "notes.txt").write_text("not a picture")
+    data = load_pictures(tmp_path, 8)
+    assert data.images.shape == (20, 3, 8, 8)
+    assert data.label_names == ["cat", "dog"]
+    assert len(data.held_out) == 2
+    assert len(data.train) == 18
+    for index in range(20):
+        assert set(data.images[index, 0].unique().tolist()) == {100 * int(data.labels[index])}
+
+
+def test_transparent_pictures_stand_on_white(tmp_path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / name / "0.png")
+    assert int(load_pictures(tmp_path, 8).images.min()) == 255
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path / "missing.npz", "packed file or a folder of pictures, got"),
+        (lambda path: path, "expected sub-folders with pictures"),
+    ],
+    ids=["missing", "empty"],
+)
+def test_bad_paths(tmp_path, make, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_pictures(make(tmp_path), 8)
+
+
+def test_corrupt_picture(tmp_path) -> None:
+    write(tmp_path / "a" / "0.png")
+    (tmp_path / "a" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
+    with pytest.raises(ValueError, match=r"expected a readable picture, got .*1\.png"):
+        load_pictures(tmp_path, 8)
+
+
+def test_held_out_split_of_a_folder_is_fixed(tmp_path) -> None:
+    for i in range(30):
+        write(tmp_path / "a" / f"{i:02}.png")
+    first, second = load_pictures(tmp_path, 8), load_pictures(tmp_path, 8)
+    assert torch.equal(first.held_out, second.held_out)
+    assert not np.isin(first.held_out.numpy(), first.train.numpy()).any()
