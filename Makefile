@@ -5,10 +5,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
+MODULES := $(sort $(shell find dar_fast kernels train -name '*.py'))
+BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*) $(VENV)/.modules
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: sample test lint types clean
+.PHONY: sample test lint types clean always
 .DELETE_ON_ERROR:
 
 sample: $(VENV)/.installed
@@ -32,9 +33,14 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("expected Python >= 3.11, got " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 
+# an editable install knows the modules there were: a new or moved one installs again, an edit does not
+$(VENV)/.modules: always | $(BIN)/python
+	@echo '$(MODULES)' | cmp -s - $@ || echo '$(MODULES)' > $@
+
 $(VENV)/.installed: $(BUILT_FROM) | $(BIN)/python
 	@echo "installing into $(VENV): minutes the first time, most of it PyTorch"
 	$(INSTALL) -e .
+	@$(BIN)/python -c 'from dar_kernels.native import missing as m; m() and print("C++ ops:", m())'
 	@touch $@
 
 # the tests hold the C++ ops to the PyTorch ones, so here a missing compiler is an error

@@ -6,8 +6,8 @@ from pathlib import Path
 
 REASON = Path(__file__).with_name("_native_missing.txt")  # written by CMakeLists.txt
 REMEDY = (
-    "with a C++ compiler at hand (on Debian: apt-get install g++) install again: "
-    "pip install --force-reinstall --no-deps --no-cache-dir dar-fast, or the path of its source"
+    "when that is mended, install again: "
+    "pip install --force-reinstall --no-deps --no-cache-dir with dar-fast or the path of its source"
 )
 
 
@@ -19,7 +19,11 @@ def missing() -> str | None:
     except ImportError as error:
         why = str(error)
         if isinstance(error, ModuleNotFoundError):
-            why = REASON.read_text().strip() if REASON.exists() else "the source is not installed"
+            why = (
+                REASON.read_text().strip()
+                if REASON.exists()
+                else "the package runs from its source tree"
+            )
         return f"not built, because {why}; {REMEDY}"
     return None
 
