@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dar_fast.checkpoint import CheckpointError
 from dar_fast.flow import Solver
 from dar_fast.frames import draw_frames
 from dar_fast.images import Images, OutputType, convert_images
@@ -105,7 +106,10 @@ class DARPipeline:
         """
         place = pick_device(device)
         parts = load_parts(path, place, pick_dtype(dtype, place))
-        return cls(parts.prior, parts.tokenizer, parts.labels)
+        try:
+            return cls(parts.prior, parts.tokenizer, parts.labels)
+        except ValueError as error:
+            raise CheckpointError(f"{os.fspath(path)}: {error}") from error
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write model_index.json, prior/ and tokenizer/ to the folder `path`, made where missing.

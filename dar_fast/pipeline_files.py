@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 import dar_fast
-from dar_fast.checkpoint.errors import CheckpointError
+from dar_fast.checkpoint import CheckpointError, load_model, save_model
 from dar_fast.models import Prior, Tokenizer
 
 INDEX = "model_index.json"
@@ -90,8 +90,6 @@ def _read_index(folder: Path) -> list[str]:
 
 
 def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> PipelineParts:
-    from dar_fast.checkpoint import load_model
-
     labels = _read_index(folder)
     prior = load_model(folder / "prior", device, dtype)
     tokenizer = load_model(folder / "tokenizer", device, dtype)
@@ -148,8 +146,6 @@ def save_parts(
 
 
 def _write_parts(work: Path, prior: Prior, tokenizer: Tokenizer, labels: list[str]) -> None:
-    from dar_fast.checkpoint import save_model
-
     for part, module in (("prior", prior), ("tokenizer", tokenizer)):
         save_model(module, work / part)
     index = {

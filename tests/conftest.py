@@ -13,6 +13,14 @@ settings.register_profile(
 )
 settings.load_profile("dar_fast")
 
+THREADS = torch.get_num_threads()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """One thread for the tiny models, which a second one only slows down; all for full sizes."""
+    torch.set_num_threads(THREADS if item.get_closest_marker("slow") else 1)
+
+
 TINY_TOKENIZER = TokenizerConfig(
     image_size=16, patch_size=4, encoder_dim=32, encoder_depth=1, decoder_dim=32, decoder_depth=2,
     head_dim=16, codebook_size=64, num_tokens=16, num_groups=4, num_steps=4, query_table=16,
