@@ -1,8 +1,9 @@
 """The diffusion side: time shift, condition schedule, solvers and previews.
 
 x_t = t x_1 + (1 - t) x_0, v = x_1 - x_0, x_1 = data_std * image; times t_i = s(i / S) with
-s(u) = u / (u + beta (1 - u)). Euler: x += h v; Adams-Bashforth 2: x += h (1.5 v_i - 0.5 v_{i-1}) with
-plain weights, first step Euler. A preview is a by-product of the trajectory: no network evaluation.
+s(u) = u / (u + beta (1 - u)). Euler: x += h v; Adams-Bashforth 2: x += h (1.5 v_i - 0.5 v_{i-1})
+with plain weights, first step Euler. Previews are by-products of the trajectory: no network
+evaluation.
 Source: arXiv 2505.23660, §3.2; REFERENCE §4.
 """
 

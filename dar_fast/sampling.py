@@ -1,7 +1,7 @@
 """Choosing a code: guidance, temperature, top-k, top-p, and one random stream a request.
 
-logits = uncond + s (cond - uncond); softmax(logits / temperature), filtered; drawn by Gumbel-max with
-noise that is a function of (seed, position, code) alone: a request never depends on its batch.
+logits = uncond + s (cond - uncond); softmax(logits / temperature), filtered; drawn by Gumbel-max,
+whose noise is a function of (seed, position, code) alone: a request never depends on its batch.
 Source: REFERENCE §2; Philox4x32-10 from Salmon et al. (2011).
 """
 
