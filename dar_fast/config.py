@@ -197,7 +197,7 @@ PRIORS = {
     "3B": PriorConfig(dim=3200, depth=24, heads=32),
     "7B": PriorConfig(dim=4096, depth=32, heads=32),
     # num_classes is the emoji data set's: style x subgroup (dar_train.emoji)
-    "demo": PriorConfig(dim=256, depth=6, heads=4, vocab_size=4096, num_tokens=64, num_classes=390),
+    "demo": PriorConfig(dim=256, depth=5, heads=4, vocab_size=4096, num_tokens=64, num_classes=391),
 }
 
 TOKENIZERS = {
