@@ -1,0 +1,179 @@
+"""The options that commands share, and the model that they load."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from dar_fast.cli.report import working
+
+if TYPE_CHECKING:
+    import torch
+
+    from dar_fast.pipeline import DARPipeline
+
+Json = Annotated[bool, arg(help_behavior_hint="")]
+Scale = Annotated[
+    int | None, arg(metavar="FACTOR", help_behavior_hint="(default: tiles of 128 pixels or more)")
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    arg(metavar="DTYPE", help_behavior_hint="(default: float32, bfloat16 on a GPU)"),
+]
+SHOWN = 16  # pictures of `dar sample` without a label
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """The model, and where it runs."""
+
+    model: Annotated[str, arg(metavar="demo|PATH")] = "demo"
+    """The embedded model, or a folder that `save_pretrained` or `dar convert` wrote."""
+    device: Annotated[
+        str | None, arg(metavar="DEVICE", help_behavior_hint="(default: a GPU if there is one)")
+    ] = None
+    """cpu, cuda, cuda:1, …"""
+    dtype: Dtype = None
+    """Type of the weights: float32, bfloat16 or float16."""
+
+    def load(self) -> "DARPipeline":
+        """The pipeline.
+
+        Raises:
+            ValueError: for a device or a dtype that is not there.
+            CheckpointError, OSError: where the model cannot be read.
+        """
+        with working(f"loading {self.model}"):
+            from dar_fast.pipeline import DARPipeline
+
+            return DARPipeline.from_pretrained(
+                self.model, device=check_device(self.device), dtype=torch_dtype(self.dtype)
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawOptions:
+    """How pictures are drawn."""
+
+    seed: Annotated[int, arg(metavar="SEED")] = 0
+    """Seed of a label's first picture; the next pictures take the next seeds."""
+    guidance: Annotated[str, arg(metavar="SCALE|FIRST:LAST")] = "4"
+    """Classifier-free guidance: one scale, or a linear schedule over the codes such as 1.1:8.0."""
+    temperature: Annotated[float, arg(metavar="T")] = 1.0
+    """0 is greedy."""
+    top_k: Annotated[int, arg(metavar="K")] = 0
+    """Codes kept by rank; 0 keeps all."""
+    top_p: Annotated[float, arg(metavar="P")] = 1.0
+    """Probability mass kept, in (0, 1]."""
+    steps: Annotated[int | None, arg(metavar="S", help_behavior_hint="(default: the model's)")] = (
+        None
+    )
+    """Denoising steps."""
+    solver: Annotated[Literal["adams2", "euler"], arg(metavar="adams2|euler")] = "adams2"
+    """How the steps are taken."""
+    batch_size: Annotated[int, arg(metavar="B")] = 16
+    """Pictures drawn together; a picture does not depend on it."""
+
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of the pipeline.
+
+        Raises:
+            ValueError: where the guidance cannot be read or the batch size is not positive.
+        """
+        if self.batch_size < 1:
+            raise ValueError(f"batch-size: expected an integer >= 1, got {self.batch_size}")
+        return {
+            "guidance_scale": parse_guidance(self.guidance),
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "num_inference_steps": self.steps,
+            "solver": self.solver,
+        }
+
+
+MODEL, DRAWING = ModelOptions(), DrawOptions()
+
+
+def parse_guidance(text: str) -> float | tuple[float, float]:
+    """`"4"` to 4.0 and `"1.1:8.0"` to (1.1, 8.0)."""
+    try:
+        scales = [float(part) for part in text.split(":")]
+    except ValueError:
+        scales = []
+    if len(scales) == 1:
+        return scales[0]
+    if len(scales) == 2:
+        return scales[0], scales[1]
+    raise ValueError(f"guidance: expected a number or FIRST:LAST such as 1.1:8.0, got {text!r}")
+
+
+def torch_dtype(name: str | None) -> "torch.dtype | None":
+    """The dtype of that name."""
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def check_device(name: str | None) -> str | None:
+    """The device as named, if this machine has it."""
+    if name is None:
+        return None
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta" holds no values
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device: expected one that torch has here, got {name!r} ({reason})"
+        ) from None
+    return name
+
+
+def find_labels(pipe: "DARPipeline", wanted: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Class ids and proper names of labels as typed; a number is an id if no label is called so.
+
+    Raises:
+        ValueError: where there is no such label; the message holds the nearest ones.
+    """
+    known = pipe.labels
+    ids = pipe.get_label_ids(
+        [int(w) if w.isascii() and w.isdecimal() and w not in known else w for w in wanted]
+    )
+    names = list(known)
+    return ids, [names[i] if names else str(i) for i in ids]
+
+
+# subjects of the embedded model for a good first sheet; other models get an even spread
+SHOWN_SUBJECTS = (
+    "cat-face", "animal-bug", "food-fruit", "face-smiling", "plant-flower", "transport-ground",
+    "heart", "face-hat", "animal-bird", "food-sweet", "sport", "animal-marine",
+    "musical-instrument", "clothing", "sky & weather", "food-vegetable",
+)  # fmt: skip
+
+
+def spread(names: Sequence[str], count: int) -> list[str]:
+    """`count` label names, evenly apart; where names are style/subject, styles take turns.
+
+    A fixed choice: the same model and count give the same names.
+    """
+    styles: dict[str, list[str]] = {}
+    for name in names:
+        styles.setdefault(name.rpartition("/")[0], []).append(name)
+    groups = list(styles.values())
+    if count <= len(SHOWN_SUBJECTS):
+        shown = [
+            f"{style}/{subject}"
+            for style, subject in zip(itertools.cycle(styles), SHOWN_SUBJECTS[:count], strict=False)
+        ]
+        if set(shown) <= set(names):
+            return shown
+    chosen = []
+    for i in range(count):
+        group = groups[i % len(groups)]
+        chosen.append(group[(2 * i + 1) * len(group) // (2 * count)])
+    return chosen
