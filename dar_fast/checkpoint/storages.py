@@ -15,7 +15,7 @@ DTYPES = {
     name: getattr(torch, name)
     for name in (
         "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8",
-        "bool", "uint16", "uint32", "uint64", "complex32", "complex64", "complex128",
+        "bool", "uint16", "uint32", "uint64", "complex64", "complex128",
         "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
     )
 }  # fmt: skip

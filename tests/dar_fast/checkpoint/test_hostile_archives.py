@@ -12,8 +12,6 @@ import torch
 
 from dar_fast.checkpoint.errors import CheckpointError, Limits
 
-pytestmark = pytest.mark.timeout(120)
-
 BODY = op.P2 + b"}" + op.text("w") + op.tensor() + b"s."
 
 

@@ -9,8 +9,6 @@ import torch
 from dar_fast.checkpoint.errors import CheckpointError, Limits
 from dar_fast.checkpoint.records import Record
 
-pytestmark = pytest.mark.timeout(120)
-
 CALLED = [
     ("os", "system"), ("posix", "system"), ("nt", "system"), ("subprocess", "Popen"),
     ("subprocess", "check_output"), ("builtins", "eval"), ("builtins", "exec"),
