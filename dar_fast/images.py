@@ -6,9 +6,7 @@ and resized.
 
 import math
 import os
-import struct
 import warnings
-import zlib
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,11 +19,6 @@ from torch import Tensor
 OutputType = Literal["pil", "np", "pt", "codes"]
 OUTPUT_TYPES: tuple[OutputType, ...] = ("pil", "np", "pt", "codes")
 Images = list[Image.Image] | NDArray[np.float32] | Tensor
-# what Pillow's readers raise on broken files
-_UNREADABLE = (
-    OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
-    Image.DecompressionBombError, Image.DecompressionBombWarning,
-)  # fmt: skip
 
 
 class ImageError(RuntimeError):
@@ -111,16 +104,15 @@ def load_image(path: str | os.PathLike[str], size: int) -> LoadedImage:
                 with Image.open(file) as opened:
                     opened.load()
                     upright = on_white(ImageOps.exif_transpose(opened))
-                fitted, notice = _fit(upright, size)
-                image = from_pil(fitted)
-        except _UNREADABLE as error:
-            reason = str(error) or type(error).__name__
-            if isinstance(error, UnidentifiedImageError):
-                reason = "unknown format"
+        except Exception as error:  # Pillow's readers raise all sorts on broken files
+            reason = "unknown format"
+            if not isinstance(error, UnidentifiedImageError):
+                reason = " ".join(str(error).split()) or type(error).__name__
             raise ImageError(
                 f"{path}: expected a picture, got an unreadable file ({reason})"
             ) from error
-    return LoadedImage(image, None if notice is None else f"{path}: {notice}")
+    fitted, notice = _fit(upright, size)
+    return LoadedImage(from_pil(fitted), None if notice is None else f"{path}: {notice}")
 
 
 def psnr(images: Tensor, reference: Tensor) -> list[float]:

@@ -27,6 +27,9 @@ def label_table(
     if isinstance(labels, str) or not isinstance(labels, Sequence | Mapping):
         raise TypeError(f"labels: expected a list of names, got {type(labels).__name__}")
     if isinstance(labels, Mapping):
+        for number in labels.values():
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise TypeError(f"labels: expected integer ids, got {number!r}")
         ids = sorted(labels.values())
         if ids != list(range(len(ids))):
             raise ValueError(f"labels: expected ids 0 to {len(ids) - 1}, each once, got {ids[:8]}…")
@@ -68,7 +71,8 @@ def find_label(name: str, labels: Mapping[str, int]) -> int:
         if wanted in table:
             return labels[table[wanted]]
     near = [whole[match] for match in difflib.get_close_matches(wanted, whole, n=3)]
-    near += [last[match] for match in difflib.get_close_matches(wanted, last, n=3)]
+    part = wanted.rpartition("/")[2]
+    near += [last[match] for match in difflib.get_close_matches(part, last, n=3)]
     hint = ", ".join(repr(label) for label in dict.fromkeys(near[:4]))
     hint = f"did you mean {hint}?" if hint else f"for example {next(iter(labels))!r}"
     raise ValueError(
@@ -99,11 +103,13 @@ def label_ids(class_labels: ClassLabels, labels: Mapping[str, int], num_classes:
 def _label_id(label: object, labels: Mapping[str, int], num_classes: int) -> int:
     if isinstance(label, str):
         return find_label(label, labels)
-    if isinstance(label, bool) or not hasattr(label, "__index__"):
-        raise TypeError(
-            f"class_labels: expected names or integer ids, got {type(label).__name__} {label!r}"
-        )
-    index = operator.index(label)
+    kind = type(label).__name__
+    try:
+        index = operator.index(label)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TypeError(f"class_labels: expected names or integer ids, got {kind}") from error
+    if isinstance(label, bool):
+        raise TypeError(f"class_labels: expected names or integer ids, got {kind}")
     if not 0 <= index < num_classes:
         raise ValueError(f"class_labels: expected ids in [0, {num_classes}), got {index}")
     return index

@@ -173,7 +173,7 @@ class DARPipeline:
             temperature: ≥ 0; 0 is greedy.
             top_k: codes kept by rank; 0 keeps all.
             top_p: probability mass kept, in (0, 1].
-            num_inference_steps: S ≥ 1 solver steps; the tokenizer's number by default.
+            num_inference_steps: S solver steps, in [1, 10000]; the tokenizer's number by default.
             solver: "adams2" or "euler".
             prefix_codes: the first codes (layout control): int64 `[B, P]`, or `[P]` for all.
             num_groups: draw only the first G groups; for G < K the result is the jump estimate

@@ -2,14 +2,19 @@
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from dar_fast import DARPipeline
 from dar_fast.config import PixelDiTConfig, PriorConfig, TokenizerConfig
 from dar_fast.models import Prior, Tokenizer
 
 settings.register_profile(
-    "dar_fast", deadline=None, derandomize=True, database=None, max_examples=40
+    "dar_fast",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow],  # of a busy machine
 )
 settings.load_profile("dar_fast")
 
