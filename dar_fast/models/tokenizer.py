@@ -29,6 +29,14 @@ from dar_fast.models.token_decoder import TokenDecoder
 from dar_fast.sampling import image_noise, resolve_seeds
 
 
+class States(NamedTuple):
+    """Solver states that a training pass evaluates beside its draws, each at its own step."""
+
+    x: Tensor  # [B, 3, R, R], in units of data_std
+    t: Tensor  # [B]
+    start: Tensor  # [B] int64, first token of the group that the step reads
+
+
 class TokenizerTraining(NamedTuple):
     """One training pass; the loss is fm + vq + commit."""
 
@@ -40,6 +48,7 @@ class TokenizerTraining(NamedTuple):
     predicted_images: Tensor  # [B, 3, R, R], the jump estimate of x_1 in image units
     repa: Tensor | None  # [B, 256, 768]
     codes: Tensor  # [B, N]
+    state_velocity: Tensor | None  # [B, 3, R, R], at the solver states, where there were any
 
 
 class Tokenizer(nn.Module):
@@ -189,38 +198,44 @@ class Tokenizer(nn.Module):
         return run.image() if stop_after is None else run.preview(preview)
 
     def training_forward(
-        self, images: Tensor, u: Tensor, noise: Tensor, code_noise: Tensor | None = None
+        self,
+        images: Tensor,
+        u: Tensor,
+        noise: Tensor,
+        code_noise: Tensor | None = None,
+        states: States | None = None,
     ) -> TokenizerTraining:
         """Losses at drawn times `u` `[B]` in [0, 1) and noise `[B, 3, R, R]` (REFERENCE §4).
 
         Only the drawn group's conditions reach the pixel DiT; the VQ losses cover the tokens up to
         it. With `u` `[m B]` and noise `[m B, 3, R, R]` every picture serves m draws, row i the
         picture i mod B, and the encoder and the token decoder run once. `code_noise` `[B, N, C]`
-        stands in for quantising.
+        stands in for quantising. `states`, one a picture, are evaluated along with the draws.
         """
         config = self.config
         Q = config.group_size
         quantized = self.quantizer.quantize(self.pre_quantize(images), code_noise)
         conditions = self.token_decoder(self.quantizer.proj_out(quantized.embedding))  # [B, N, D]
-        if len(u) > len(images):  # several draws a picture share the passes so far
-            images, conditions, vq, commit = (
-                x.repeat(len(u) // len(x), *(1,) * (x.ndim - 1))
-                for x in (images, conditions, quantized.vq, quantized.commit)
-            )
-        else:
-            vq, commit = quantized.vq, quantized.commit
-        start = drawn_group_start(u, config.num_groups, config.num_tokens)  # [B]
+        t, start = self.drawn(u)
+        wide = t[:, None, None, None]
+        x_1 = config.dit.data_std * images.repeat(len(u) // len(images), 1, 1, 1)
+        x_t = wide * x_1 + (1 - wide) * noise
+        x = x_t
+        if states is not None:
+            x = torch.cat((x_t, states.x))
+            t, start = torch.cat((t, states.t)), torch.cat((start, states.start))
+        conditions, vq, commit = (
+            part.repeat(len(x) // len(images), *(1,) * (part.ndim - 1))
+            for part in (conditions, quantized.vq, quantized.commit)
+        )  # the passes so far serve all rows of a picture
         columns = start[:, None] + torch.arange(Q, device=u.device)
         group = conditions.gather(
             1, columns[..., None].expand(-1, -1, conditions.shape[-1])
-        )  # [B, Q, D]
-        t = shift_time(u, config.dit.time_shift)
-        wide = t[:, None, None, None]
-        x_1 = config.dit.data_std * images
-        x_t = wide * x_1 + (1 - wide) * noise
-        out = self.pixel_dit(x_t, t, group, align=config.dit.repa_layer is not None)
-        velocity, predicted = x_1 - noise, out.velocity.float()
-        used = torch.arange(config.num_tokens, device=u.device) < (start + Q)[:, None]  # [B, N]
+        )  # [rows, Q, D]
+        out = self.pixel_dit(x, t, group, align=config.dit.repa_layer is not None)
+        predicted, at_states = out.velocity.float().tensor_split([len(u)])
+        velocity = x_1 - noise
+        used = torch.arange(config.num_tokens, device=u.device) < (start + Q)[:, None]  # [rows, N]
         count = used.sum()
         return TokenizerTraining(
             predicted,
@@ -229,6 +244,13 @@ class Tokenizer(nn.Module):
             (vq * used).sum() / count,
             (commit * used).sum() / count,
             (x_t + (1 - wide) * predicted) / config.dit.data_std,
-            out.alignment,
+            None if out.alignment is None else out.alignment[: len(u)],
             quantized.codes,
+            None if states is None else at_states,
         )
+
+    def drawn(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Times `[B]` and first tokens `[B]` of the groups, of draws `u` `[B]` in [0, 1)."""
+        config = self.config
+        start = drawn_group_start(u, config.num_groups, config.num_tokens)
+        return shift_time(u, config.dit.time_shift), start

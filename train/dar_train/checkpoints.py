@@ -68,7 +68,8 @@ def save_state(
 ) -> Path:
     """Write one state under `folder`, point `pointers` at it, and drop all but the `keep` newest.
 
-    `state` is plain JSON and must hold `step`. States that some pointer names are never dropped.
+    `state` is plain JSON, but for tensors in `extra`, and must hold `step`.
+    States that some pointer names are never dropped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{STEP_PREFIX}{int(state['step']):08d}"
@@ -79,7 +80,11 @@ def save_state(
         save_file(_state_tensors(ema.module), temporary / "ema.safetensors")
         for i, optimizer in enumerate(optimizers):
             save_file(_flatten(optimizer, model), temporary / f"optimizer-{i}.safetensors")
-        record = {**state, "format": FORMAT, "ema_updates": ema.updates}
+        extra = state.get("extra", {})
+        tensors = {k: v for k, v in extra.items() if isinstance(v, Tensor)}
+        save_file(tensors, temporary / "extra.safetensors")
+        plain = {k: v for k, v in extra.items() if k not in tensors}
+        record = {**state, "extra": plain, "format": FORMAT, "ema_updates": ema.updates}
         (temporary / "state.json").write_text(json.dumps(record, indent=1) + "\n")
         target = folder / name
         if target.exists():
@@ -165,6 +170,8 @@ def load_state(
     except RuntimeError as error:
         raise ValueError(f"checkpoint: expected the weights of this model, got {error}") from error
     ema.updates = int(record["ema_updates"])
+    if (state_folder / "extra.safetensors").is_file():
+        record["extra"] |= _read(state_folder / "extra.safetensors")
     for optimizer, file in zip(optimizers, saved, strict=True):
         _unflatten(_read(file), optimizer, model)
     return record

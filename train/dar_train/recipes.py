@@ -102,6 +102,7 @@ class TokenizerRecipe(Recipe):
     codebook_from_data: bool = False  # fit the codebook to encoder outputs of the first pictures
     gate_init: float = 0.0  # start of the gates; 0.1 instead of the published 0 starts faster
     continuous_steps: int = 0  # first steps without quantising, before the codebook is fitted
+    rollout: float = 0.0  # weight of the loss on the solver's own states; not as published
     revive_after: int | None = None  # steps without use after which a code restarts from the data
 
     def __post_init__(self) -> None:
@@ -112,7 +113,8 @@ class TokenizerRecipe(Recipe):
         _check(self, "continuous_steps", continuous >= 0, "a number of steps >= 0")
         revive = self.revive_after
         _check(self, "revive_after", revive is None or revive > 0, "a positive number of steps")
-        for field in ("lpips_weight", "repa_weight"):
+        _check(self, "micro_batch", not (self.rollout and self.micro_batch), "none with a rollout")
+        for field in ("lpips_weight", "repa_weight", "rollout"):
             _check(self, field, getattr(self, field) >= 0, "a number >= 0")
 
     def config(self) -> TokenizerConfig:

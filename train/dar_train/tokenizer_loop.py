@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dar_fast.models.tokenizer import Tokenizer, TokenizerTraining
+from dar_fast.models.tokenizer import States, Tokenizer, TokenizerTraining
 from dar_train import figures
 from dar_train.codebook import CodebookUse, encoder_rows, start_from_rows, use_of
 from dar_train.data import Order, Pictures, augment, chunks, derived_seed, load_pictures, to_float
@@ -18,6 +18,7 @@ from dar_train.loop import Loop, Loss, pick_device
 from dar_train.losses import AuxiliaryLoss, alignment_loss, perceptual_loss
 from dar_train.recipes import TokenizerRecipe
 from dar_train.reporting import logger
+from dar_train.rollout import Flight, Rollout
 
 EVAL_CHUNK = 64
 GRID_PICTURES = 12
@@ -58,6 +59,7 @@ class TokenizerTask:
                 raise ValueError("repa_weights: expected a model with dit.repa_layer, got none")
             self.alignment = alignment_loss(recipe.repa_weights, device)
         self.step = 0
+        self.rollout = Rollout(model.config, device) if recipe.rollout else None
         if recipe.compile:  # block by block: one compilation serves all blocks of a kind
             for stack in (model.encoder.layers, model.token_decoder.layers, model.pixel_dit.blocks):
                 for block in stack:
@@ -84,8 +86,29 @@ class TokenizerTask:
             parts["repa"] = self.recipe.repa_weight * self.alignment(images, out.repa)
         return Loss(torch.stack([v.float() for v in parts.values()]).sum(), parts)
 
+    def _states(self, images: Tensor, generator: torch.Generator) -> Flight | None:
+        """The pictures in flight once `images` `[n, 3, R, R]` are aboard, S n of them."""
+        if self.rollout is None:
+            return None
+
+        def noise(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=generator, device=self.device)
+
+        if self.rollout.flight is None:
+            chosen = self.order.take(0, self.model.config.num_steps * len(images))
+            filling = self._pictures(chosen, generator)
+            self.rollout.fill(filling, noise(filling))
+        return self.rollout.board(images, noise(images))
+
     def loss(self, indices: Tensor, generator: torch.Generator) -> Loss:
         images = self._pictures(indices, generator)
+        flight = self._states(images, generator)
+        states = None
+        if flight is not None and self.rollout is not None:
+            images = flight.images
+            times, starts = self.rollout.times[flight.step], self.rollout.starts[flight.step]
+            states = States(flight.x, times, starts)
+        self.shown = images
         draws = self.recipe.draws_per_image
         u = torch.rand(draws * len(images), generator=generator, device=self.device)
         shape = (draws * len(images), *images.shape[1:])
@@ -96,8 +119,12 @@ class TokenizerTask:
             rows = (len(images), config.num_tokens, config.code_dim)
             code_noise = CODE_NOISE * torch.randn(rows, generator=generator, device=self.device)
         with self.autocast, _attention(self.device):
-            out = self.model.training_forward(images, u, noise, code_noise)
+            out = self.model.training_forward(images, u, noise, code_noise, states)
             loss = self._parts(images.repeat(draws, 1, 1, 1) if draws > 1 else images, out)
+        if flight is not None and self.rollout is not None and out.state_velocity is not None:
+            rollout = self.recipe.rollout * self.rollout.loss(flight, out.state_velocity)
+            loss = Loss(loss.total + rollout, {**loss.parts, "rollout": rollout})
+            self.rollout.advance(out.state_velocity.detach())
         self.use.count(out.codes)
         return loss
 
@@ -125,10 +152,9 @@ class TokenizerTask:
         if after is None or step % after or loop.done > 1 - self.recipe.decay_fraction:
             return {}
         averaged = loop.ema.module.get_parameter("quantizer.codebook")
-        images = self._pictures(indices, loop.generator)
         with self.autocast:
             moved = self.use.revive(
-                self.model, images, after, loop.optimizers, averaged, loop.generator
+                self.model, self.shown, after, loop.optimizers, averaged, loop.generator
             )
         return {"revived": float(moved)}
 
@@ -176,7 +202,8 @@ class TokenizerTask:
         figures.save_grid(torch.stack(columns, dim=1), file)
 
     def extra_state(self) -> dict[str, object]:
-        return {"idle": self.use.idle.tolist(), "step": self.step}
+        tensors = {} if self.rollout is None else self.rollout.tensors()
+        return {"idle": self.use.idle.tolist(), "step": self.step, **tensors}
 
     def load_extra_state(self, state: dict[str, object]) -> None:
         self.step = int(str(state["step"]))
@@ -184,6 +211,8 @@ class TokenizerTask:
         if idle.shape != self.use.idle.shape:
             raise ValueError(f"checkpoint: expected {len(self.use.idle)} codes, got {idle.numel()}")
         self.use.idle = idle
+        if self.rollout is not None:
+            self.rollout.load({k: v for k, v in state.items() if isinstance(v, Tensor)})
 
 
 def train_tokenizer(recipe: TokenizerRecipe) -> bool:
