@@ -66,6 +66,13 @@ def export(argv: Sequence[str]) -> None:
     export_pipeline(tyro.cli(ExportRecipe, args=list(argv), prog="dar train export"))
 
 
+def demo(argv: Sequence[str]) -> None:
+    """Train, export and report the embedded model, in calls that resume one another."""
+    from dar_train.demo import DemoRecipe, train_demo
+
+    train_demo(tyro.cli(DemoRecipe, args=list(argv), prog="dar train demo"))
+
+
 def emoji(argv: Sequence[str]) -> None:
     """Build the emoji data set."""
     from dar_train.emoji import main as build
@@ -74,7 +81,8 @@ def emoji(argv: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    command.__name__: command for command in (emoji, tokenizer, prior, export, classifier, evaluate)
+    command.__name__: command
+    for command in (demo, emoji, tokenizer, prior, export, classifier, evaluate)
 }
 
 

@@ -63,7 +63,8 @@ def draw_metrics(file: Path, out: Path) -> None:
     for (kind, name), points in losses.items():
         panels[0].plot(*zip(*points, strict=True), label=f"{kind} {name}")
     panels[0].set(xlabel="step", ylabel="loss")
-    panels[0].legend()
+    if losses:
+        panels[0].legend()
     for axes, ((_, name), points) in zip(panels[1:], others.items(), strict=True):
         axes.plot(*zip(*points, strict=True), marker=".")
         axes.set(xlabel="step", ylabel=f"held-out {name}")
