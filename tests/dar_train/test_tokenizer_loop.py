@@ -39,12 +39,12 @@ def files_of(recipe) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resumed_equals_uninterrupted(tokenizer_recipe, tmp_path, optimizer) -> None:
+@pytest.mark.parametrize(("optimizer", "rollout"), [("adamw", 0.0), ("muon", 1.0)])
+def test_resumed_equals_uninterrupted(tokenizer_recipe, tmp_path, optimizer, rollout) -> None:
     recipe = tokenizer_recipe(
-        optimizer=optimizer, schedule="linear", decay_fraction=0.3, augment=True, steps=5,
-        codebook_from_data=True, continuous_steps=2, revive_after=2, draws_per_image=2, batch=6,
-        micro_batch=4, gate_init=0.1,
+        optimizer=optimizer, rollout=rollout, schedule="linear", decay_fraction=0.3, augment=True,
+        steps=5, codebook_from_data=True, continuous_steps=2, revive_after=2, draws_per_image=2,
+        batch=4, micro_batch=None if rollout else 3, gate_init=0.1,
     )  # fmt: skip
     assert make_loop(recipe).run()
     whole = files_of(recipe)
