@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import about, finish, seconds
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from dar_kernels import vq_nearest
+from measure import about, finish, seconds
 
 SIZE = 2048  # of the matrix product
 
@@ -72,7 +72,7 @@ def main() -> None:
     for name in SUBJECTS:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             r = results[name] = pool.apply(measure, (name, M, V, C, args.repeats))
-        print(  # noqa: T201
+        print(
             f"vq_nearest {name} [{M}, {C}] over {V} fp32 | {1e3 * r['seconds']:.0f} ms | "
             f"{1e3 * r['cpu_seconds']:.0f} ms CPU | "
             f"{2e-9 * M * V * C / r['cpu_seconds']:.1f} GFLOP/s of CPU time | "

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 MAX_SEED = 2**63 - 1
+LARGEST = 1e6  # of scales and temperatures: beyond it logits leave what fp32 can tell apart
+COLDEST = 1e-6  # the least temperature above zero
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -27,7 +29,7 @@ class Sampling:
 
     Args:
         guidance_scale: constant, or (first, last), linear over the codes; unguided where ≤ 1.
-        temperature: ≥ 0; 0 is greedy.
+        temperature: 0 is greedy, 1 the model's own distribution.
         top_k: codes kept by rank, 0 keeps all.
         top_p: probability mass kept, in (0, 1].
 
@@ -47,11 +49,15 @@ class Sampling:
         )
         if len(pair) != 2 or not all(_is_finite(s) for s in pair):
             raise ValueError(
-                f"guidance_scale: expected a finite number or a pair (first, last), got {scale!r}"
+                f"guidance_scale: expected a finite number up to {LARGEST:g} or a pair "
+                f"(first, last) of them, got {scale!r}"
             )
-        if not _is_finite(self.temperature) or self.temperature < 0:
+        if not _is_finite(self.temperature) or not (
+            self.temperature == 0 or self.temperature >= COLDEST
+        ):
             raise ValueError(
-                f"temperature: expected a finite number >= 0, got {self.temperature!r}"
+                f"temperature: expected 0 or a number in [{COLDEST}, {LARGEST:g}], "
+                f"got {self.temperature!r}"
             )
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
             raise ValueError(f"top_k: expected an integer >= 0, got {self.top_k!r}")
@@ -66,7 +72,10 @@ class Sampling:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a number that the fp32 of the logits can work with."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= LARGEST  # false for NaN
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:

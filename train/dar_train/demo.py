@@ -32,7 +32,7 @@ FINISHED = "finished"
 
 # 64 x 64, 256 patches in the pixel DiT: as many parameters as at 32 x 32, so it fits the package
 TOKENIZER_GPU = dataclasses.replace(
-    TOKENIZER_DEMO, override=("image_size=64", "patch_size=8"), minutes=16.0, batch=256,
+    TOKENIZER_DEMO, override=("image_size=64", "patch_size=8"), minutes=16.0, batch=32,
     compile=True, save_minutes=2.0, eval_minutes=4.0, eval_pictures=256,
 )  # fmt: skip
 PRIOR_GPU = dataclasses.replace(

@@ -15,6 +15,7 @@ from dar_fast.models.prior import Prior
 from dar_fast.models.tokenizer import Tokenizer
 from dar_train import figures
 from dar_train.data import Order, Pictures, chunks, derived_seed, load_pictures
+from dar_train.export import export_component
 from dar_train.loop import Loop, Loss, pick_device
 from dar_train.recipes import PriorRecipe
 from dar_train.reporting import logger
@@ -135,7 +136,6 @@ def train_prior(recipe: PriorRecipe) -> bool:
         TrainingError: where the loss stops being finite.
     """
     from dar_fast.checkpoint import load_model
-    from dar_train.export import export_component
 
     config = recipe.config()
     device = pick_device(recipe.device)

@@ -209,9 +209,9 @@ TOKENIZER_V1 = TokenizerRecipe(
 )  # fmt: skip
 TOKENIZER_LITE = dataclasses.replace(TOKENIZER_V1, preset="lite", model="lite")
 TOKENIZER_DEMO = TokenizerRecipe(
-    preset="demo", model="demo", minutes=80.0, batch=40, optimizer="muon", lr=1e-3, warmup=100,
+    preset="demo", model="demo", minutes=90.0, batch=5, optimizer="muon", lr=1e-3, warmup=100,
     schedule="wsd", decay_fraction=0.3, ema=0.998, augment=True, codebook_from_data=True,
-    continuous_steps=300, revive_after=50, gate_init=0.1, draws_per_image=2,
+    continuous_steps=300, revive_after=50, gate_init=0.1, rollout=2.0,
 )  # fmt: skip
 
 PRIOR_L = PriorRecipe(

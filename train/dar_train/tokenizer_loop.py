@@ -14,6 +14,7 @@ from dar_fast.models.tokenizer import States, Tokenizer, TokenizerTraining
 from dar_train import figures
 from dar_train.codebook import CodebookUse, encoder_rows, start_from_rows, use_of
 from dar_train.data import Order, Pictures, augment, chunks, derived_seed, load_pictures, to_float
+from dar_train.export import export_component
 from dar_train.loop import Loop, Loss, pick_device
 from dar_train.losses import AuxiliaryLoss, alignment_loss, perceptual_loss
 from dar_train.recipes import TokenizerRecipe
@@ -239,7 +240,5 @@ def train_tokenizer(recipe: TokenizerRecipe) -> bool:
         recipe.model, count / 1e6, len(data.train), len(data.held_out), device,
     )  # fmt: skip
     over = loop.run()
-    from dar_train.export import export_component
-
     export_component(loop.ema.module, recipe.out / "tokenizer")
     return over
