@@ -2,8 +2,8 @@
 
     python bench/operators.py [--codes N] [--out FILE]
 
-Prior L decodes N codes, then tokenizer v1 its eight steps, under random weights. The last line is one
-JSON document.
+Prior L decodes N codes, then tokenizer v1 its eight steps, under random weights. The last line is
+one JSON document.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def operators(run: Any, device: str) -> list[dict[str, Any]]:
             "calls": event.count,
             "host_seconds": event.self_cpu_time_total / 1e6,
             "device_seconds": event.self_device_time_total / 1e6,
-        }  # fmt: skip
+        }
         for event in record.key_averages()
     ]
     key = "device_seconds" if device == "cuda" else "host_seconds"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; it becomes `path` on success, and goes on failure.
+    """Yield a temporary path beside `path`; it becomes `path` on success and goes on failure.
 
     Raises:
         OSError: where the folder is missing or cannot be written, or the disk is full.
