@@ -23,9 +23,7 @@ def _from_dict(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     known = {f.name for f in fields(cls)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ValueError(
-            f"{cls.__name__}: unknown keys {unknown}; expected some of {sorted(known)}"
-        )
+        raise ValueError(f"{cls.__name__}: expected keys among {sorted(known)}, got {unknown}")
     return dict(values)
 
 
@@ -53,6 +51,11 @@ class PriorConfig:
             raise ValueError(
                 f"PriorConfig: expected dim divisible into {self.heads} heads of even width, "
                 f"got {self.dim}"
+            )
+        if not (0 < self.norm_eps < 1 and 1 < self.rope_base < 1e9):
+            raise ValueError(
+                f"PriorConfig: expected norm_eps in (0, 1) and rope_base in (1, 1e9), "
+                f"got {self.norm_eps!r} and {self.rope_base!r}"
             )
         if self.kv_heads is not None:
             _check(self, kv_heads=1)

@@ -134,11 +134,11 @@ def resolve_seeds(seeds: int | Sequence[int] | Tensor | None, batch: int) -> lis
     return values
 
 
-def philox(key: Tensor, c0: Tensor, c1: Tensor, c2: int) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of a 64-bit key and the counter (c0, c1, c2, 0): four tensors of 32 bits."""
+def philox(key: Tensor, c0: Tensor, c1: Tensor, c2: int, c3: int = 0) -> tuple[Tensor, ...]:
+    """Philox4x32-10 of a 64-bit key and the counter (c0, c1, c2, c3): four tensors of 32 bits."""
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     x0, x1 = c0 + torch.zeros_like(c1), c1 + torch.zeros_like(c0)
-    x2, x3 = torch.full_like(x0, c2), torch.zeros_like(x0)
+    x2, x3 = torch.full_like(x0, c2), torch.full_like(x0, c3)
     for _ in range(10):
         p0, p1 = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]  # low 64 bits; the sign is masked off
         x0, x1, x2, x3 = (

@@ -21,6 +21,7 @@ from dar_fast.flow import (
     group_start,
     sampling_times,
     shift_time,
+    start_from,
 )
 from dar_fast.models.encoder import Encoder
 from dar_fast.models.pixel_dit import PixelDiT
@@ -133,8 +134,8 @@ class Tokenizer(nn.Module):
             raise ValueError(f"num_steps: expected an integer >= 1, got {num_steps!r}")
         if solver not in SOLVERS:
             raise ValueError(f"solver: expected one of {list(SOLVERS)}, got {solver!r}")
-        if not 0 <= step < num_steps:
-            raise ValueError(f"step: expected an integer in [0, {num_steps}), got {step!r}")
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < num_steps:
+            raise ValueError(f"start_step: expected an integer in [0, {num_steps}), got {step!r}")
         self.check_images(noise)
         times = sampling_times(num_steps, self.config.dit.time_shift).tolist()
         x = noise.to(self.device, torch.promote_types(self.dtype, torch.float32))
@@ -162,6 +163,8 @@ class Tokenizer(nn.Module):
         solver: Solver = "adams2",
         stop_after: int | None = None,
         preview: Preview = "jump",
+        init_image: Tensor | None = None,
+        start_step: int = 0,
     ) -> Tensor:
         """Images `[B, 3, R, R]` of codes `[B, N]`, near [-1, 1] but not clamped.
 
@@ -171,8 +174,10 @@ class Tokenizer(nn.Module):
             seeds: one a picture, or the first of a range; 0, 1, … by default.
             num_steps: S ≥ 1; the configuration's by default.
             solver: "adams2" or "euler".
-            stop_after: stop after this many steps, in [1, S], and return the preview there.
+            stop_after: in (start_step, S]: stop after this step and return the preview there.
             preview: "jump", the paper's estimate, or "solver", the official preview.
+            init_image: `[B, 3, R, R]` in [-1, 1] that `start_step` starts from, as SDEdit does.
+            start_step: the first step to take, in [0, S); above 0 with an `init_image` only.
 
         Raises:
             ValueError: where an argument does not fit.
@@ -184,14 +189,23 @@ class Tokenizer(nn.Module):
             noise = self.noise(0 if seeds is None else seeds, len(codes))
         elif len(noise) != len(codes):
             raise ValueError(f"noise: expected {len(codes)} pictures, got {len(noise)}")
-        run = self.trajectory(noise, num_steps, solver)
+        run = self.trajectory(noise, num_steps, solver, start_step)
         last = len(run.times) - 1
         if stop_after is not None and (
             isinstance(stop_after, bool)
             or not isinstance(stop_after, int)
-            or not 1 <= stop_after <= last
+            or not start_step < stop_after <= last
         ):
-            raise ValueError(f"stop_after: expected an integer in [1, {last}], got {stop_after!r}")
+            raise ValueError(
+                f"stop_after: expected an integer in [{start_step + 1}, {last}], got {stop_after!r}"
+            )
+        if (init_image is not None) != (start_step > 0):
+            raise ValueError(f"init_image: expected one if start_step > 0, got step {start_step}")
+        if init_image is not None:
+            self.check_images(init_image)
+            if len(init_image) != len(codes):
+                raise ValueError(f"init_image: expected {len(codes)}, got {len(init_image)}")
+            run.x = start_from(init_image.to(run.x), run.x, run.time, run.data_std)
         conditions = self.conditions(codes.to(self.device))
         while run.step < (stop_after or last):
             self.advance(run, conditions)
