@@ -102,6 +102,16 @@ def test_threads_change_nothing(way):
         assert torch.equal(run(way, z, codebook, threads=threads), alone)
 
 
+@pytest.mark.skipif("avx512" not in native.isa_supported(), reason="no AVX-512 here")
+@pytest.mark.parametrize("C", [8, 13])
+def test_fused_multiply_adds_round_alike(C):
+    """Even where entries lie closer than fp32 can tell."""
+    codebook = torch.randn(64, C).repeat(20, 1)
+    codebook += 1e-7 * torch.randn_like(codebook)
+    z = torch.randn(512, C)
+    assert torch.equal(run("isa=avx512", z, codebook), run("isa=avx2", z, codebook))
+
+
 @pytest.mark.parametrize("way", EVERY)
 @pytest.mark.parametrize("scale", [1e-11, 1e-3, 1e10, 1e30, 3e37], ids=str)
 def test_magnitudes_are_normalised_away(way, scale):
