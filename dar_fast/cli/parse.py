@@ -21,7 +21,7 @@ def brief(box: str, program: str) -> str:
     sections: list[list[str]] = [[]]
     for line in box.splitlines()[1:]:  # the first line is the title in the frame
         text = line.strip(_FRAME)
-        if text:
+        if text.strip("-"):  # frames are ASCII where the terminal is
             sections[-1].append(text)
         elif sections[-1]:
             sections.append([])
@@ -39,7 +39,7 @@ def plain(text: str) -> str:
         kind = "an integer" if found[2].lower() == "int" else "a number"
         return f"{found[1].rstrip(':')}: expected {kind}, got {found[3]!r}"
     if found := _CHOICE.match(text):
-        choices = [choice for choice in found[3].split(", ") if choice != "'None'"]
+        choices = sorted(choice for choice in found[3].split(", ") if choice != "'None'")
         return f"{found[2]}: expected one of {', '.join(choices)}, got {found[1]!r}"
     if found := _MISSING.match(text):
         return f"expected {found[1]}, got none"
