@@ -37,7 +37,7 @@ def check_output(option: str, path: Path, *suffixes: str) -> None:
 
 def is_folder(path: Path, text: str) -> bool:
     """Whether `--out TEXT` asks for a folder of files: it is one, or ends in a slash."""
-    return path.is_dir() or text.endswith(("/", os.sep))
+    return bool(text) and (path.is_dir() or text.endswith(("/", os.sep)))
 
 
 @contextlib.contextmanager
