@@ -115,8 +115,8 @@ def vq_nearest(z: Tensor, codebook: Tensor, *, implementation: str | None = None
 
     A row whose norm is below 1e-12 is divided by 1e-12 instead; a row of zeros is as near to every
     unit entry, so its code is the lowest. A row with NaN or infinity has code 0; a codebook entry
-    with one is never chosen while another can be. `native` and fp64 are exact to rounding; `torch` in
-    fp32 multiplies in the precision that torch.set_float32_matmul_precision allows.
+    with one is never chosen while another can be. In fp32 `torch` multiplies as precisely as
+    torch.set_float32_matmul_precision asks.
 
     Args:
         z: `[M, C]`, floating point, M ≥ 0, any strides.
