@@ -29,6 +29,7 @@ OPTIONAL = {
     "lpips": ("perceptual loss", "pip install 'dar-fast[train]'"),
     "timm": ("alignment loss", "pip install 'dar-fast[train]'"),
     "tensorboard": ("training curves", "pip install 'dar-fast[train]'"),
+    "matplotlib": ("curves as pictures", "pip install 'dar-fast[train]'"),
     "resvg-py": ("building the emoji data set", "pip install 'dar-fast[train]'"),
     "torch-fidelity": ("FID and its kin", "pip install 'dar-fast[eval]'"),
 }
