@@ -16,12 +16,18 @@ from PIL import Image
 from torch import Tensor
 
 from dar_fast.checkpoint import CheckpointError
+from dar_fast.checkpoint.pipeline_folder import (
+    check_parts,
+    load_parts,
+    pick_device,
+    pick_dtype,
+    save_parts,
+)
 from dar_fast.flow import Solver
 from dar_fast.frames import draw_frames
 from dar_fast.images import Images, OutputType, convert_images
-from dar_fast.labels import ClassLabels, label_ids, label_table
+from dar_fast.labels import ClassLabels, label_ids
 from dar_fast.models import Prior, Tokenizer
-from dar_fast.pipeline_files import load_parts, pick_device, pick_dtype, save_parts
 from dar_fast.request import Request, Seeds, StepCallback, make_request
 from dar_fast.sampling import GuidanceScale
 
@@ -71,18 +77,11 @@ class DARPipeline:
             raise TypeError(f"prior: expected a Prior, got {type(prior).__name__}")
         if not isinstance(tokenizer, Tokenizer):
             raise TypeError(f"tokenizer: expected a Tokenizer, got {type(tokenizer).__name__}")
-        drawn = prior.config.num_tokens, prior.config.vocab_size
-        read = tokenizer.config.num_tokens, tokenizer.config.codebook_size
-        if drawn != read:
-            raise ValueError(
-                f"prior: expected the tokenizer's {read[0]} tokens of {read[1]} codes, "
-                f"got {drawn[0]} of {drawn[1]}"
-            )
         if prior.device != tokenizer.device:
             raise ValueError(
                 f"tokenizer: expected the prior's device {prior.device}, got {tokenizer.device}"
             )
-        self.labels = label_table(labels, prior.config.num_classes)
+        self.labels = check_parts(prior, tokenizer, labels)
         self.prior = prior.eval()
         self.tokenizer = tokenizer.eval()
 

@@ -20,11 +20,11 @@ from dar_fast.checkpoint.folder import (
 from dar_fast.checkpoint.official import load_state, resolve, to_official
 from dar_fast.checkpoint.official_config import official_config
 from dar_fast.checkpoint.official_state import read_official
+from dar_fast.checkpoint.pipeline_folder import PIPELINE_INDEX, check_parts, save_parts
 from dar_fast.config import PriorConfig, TokenizerConfig
 from dar_fast.files import atomic_write
 from dar_fast.models import Prior, Tokenizer
 
-PIPELINE_INDEX = "model_index.json"
 Form = Literal["ours", "official"]
 FORMS = ("ours", "official")
 Config = PriorConfig | TokenizerConfig | Mapping[str, Any]
@@ -85,9 +85,8 @@ def convert(
             _write_official(module, target / f"{name}.pt")
             for name, module in (("prior", prior), ("tokenizer", tokenizer))
         ]
-    from dar_fast.pipeline import DARPipeline  # it imports this package
-
-    DARPipeline(prior, tokenizer, _labels(paths)).save_pretrained(target)
+    labels = list(check_parts(prior, tokenizer, _labels(paths)))
+    save_parts(target, prior, tokenizer, labels)
     return sorted(path for path in target.rglob("*") if path.is_file())
 
 
@@ -141,4 +140,4 @@ def _compact(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-__all__ = ["PIPELINE_INDEX", "convert"]
+__all__ = ["convert"]

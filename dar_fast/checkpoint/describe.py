@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dar_fast.checkpoint.assemble import check_names, check_shapes, empty
-from dar_fast.checkpoint.convert import PIPELINE_INDEX
 from dar_fast.checkpoint.errors import CheckpointError
 from dar_fast.checkpoint.folder import read_config, read_json, weight_files
 from dar_fast.checkpoint.official import load_state, resolve
 from dar_fast.checkpoint.official_state import read_official
+from dar_fast.checkpoint.pipeline_folder import PIPELINE_INDEX
 from dar_fast.checkpoint.safetensors_file import TensorHeader, is_safetensors, read_headers
 
 

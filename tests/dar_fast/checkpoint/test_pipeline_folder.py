@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from dar_fast import DARPipeline, __version__, pipeline_files
-from dar_fast.checkpoint import CheckpointError, save_model
-from dar_fast.pipeline_files import pick_device, pick_dtype
+from dar_fast import DARPipeline, __version__
+from dar_fast.checkpoint import CheckpointError, pipeline_folder, save_model
+from dar_fast.checkpoint.pipeline_folder import pick_device, pick_dtype
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         left[0] -= 1
         return save_model(module, path)
 
-    monkeypatch.setattr(pipeline_files, "save_model", write)
+    monkeypatch.setattr(pipeline_folder, "save_model", write)
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -115,7 +115,7 @@ def test_missing_folders(tmp_path: Path) -> None:
 
 
 def test_a_missing_demo_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline_files.importlib.resources, "files", lambda name: tmp_path)
+    monkeypatch.setattr(pipeline_folder.importlib.resources, "files", lambda name: tmp_path)
     with pytest.raises(CheckpointError, match="demo: expected the embedded model"):
         DARPipeline.from_pretrained("demo")
 
@@ -123,7 +123,7 @@ def test_a_missing_demo_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_demo_is_a_folder_of_the_package(
     tiny_pipeline: DARPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline_files.importlib.resources, "files", lambda name: tmp_path)
+    monkeypatch.setattr(pipeline_folder.importlib.resources, "files", lambda name: tmp_path)
     tiny_pipeline.save_pretrained(tmp_path / "assets" / "demo")
     assert DARPipeline.from_pretrained("demo", device="cpu").labels == tiny_pipeline.labels
 

@@ -7,25 +7,49 @@ import importlib.resources
 import json
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 import dar_fast
-from dar_fast.checkpoint import CheckpointError, load_model, save_model
+from dar_fast.checkpoint.errors import CheckpointError
+from dar_fast.checkpoint.folder import load_model, save_model
+from dar_fast.labels import label_table
 from dar_fast.models import Prior, Tokenizer
 
-INDEX = "model_index.json"
+PIPELINE_INDEX = "model_index.json"
 DEMO = "demo"
 CLASS_NAME = "DARPipeline"
 MAX_INDEX_BYTES = 8 << 20  # a million label names
+
+
+T = TypeVar("T")
 
 
 class PipelineParts(NamedTuple):
     prior: Prior
     tokenizer: Tokenizer
     labels: list[str]  # empty: no names
+
+
+def check_parts(
+    prior: Prior, tokenizer: Tokenizer, labels: Sequence[str] | Mapping[str, int] | None
+) -> dict[str, int]:
+    """The table of labels of parts that fit each other.
+
+    Raises:
+        TypeError, ValueError: where they do not.
+    """
+    drawn = prior.config.num_tokens, prior.config.vocab_size
+    read = tokenizer.config.num_tokens, tokenizer.config.codebook_size
+    if drawn != read:
+        raise ValueError(
+            f"prior: expected the tokenizer's {read[0]} tokens of {read[1]} codes, "
+            f"got {drawn[0]} of {drawn[1]}"
+        )
+    return label_table(labels, prior.config.num_classes)
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
@@ -65,14 +89,14 @@ def pick_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
 
 def _read_index(folder: Path) -> list[str]:
     """Label names of a pipeline folder."""
-    path = folder / INDEX
+    path = folder / PIPELINE_INDEX
     try:
         with path.open("rb") as file:
             text = file.read(MAX_INDEX_BYTES + 1)
     except OSError as error:
         raise CheckpointError(
-            f"{folder}: expected a pipeline folder with {INDEX}, prior/ and tokenizer/, "
-            f"got no readable {INDEX} ({error.strerror})"
+            f"{folder}: expected a pipeline folder with {PIPELINE_INDEX}, prior/ and tokenizer/, "
+            f"got no readable {PIPELINE_INDEX} ({error.strerror})"
         ) from error
     if len(text) > MAX_INDEX_BYTES:
         raise CheckpointError(f"{path}: expected at most {MAX_INDEX_BYTES} bytes, got more")
@@ -91,14 +115,16 @@ def _read_index(folder: Path) -> list[str]:
 
 def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> PipelineParts:
     labels = _read_index(folder)
-    prior = load_model(folder / "prior", device, dtype)
-    tokenizer = load_model(folder / "tokenizer", device, dtype)
-    for name, part, kind in (("prior", prior, Prior), ("tokenizer", tokenizer, Tokenizer)):
-        if not isinstance(part, kind):
+
+    def part(name: str, kind: type[T]) -> T:
+        module = load_model(folder / name, device, dtype)
+        if not isinstance(module, kind):
             raise CheckpointError(
-                f"{folder / name}: expected a {kind.__name__}, got a {type(part).__name__}"
+                f"{folder / name}: expected a {kind.__name__}, got a {type(module).__name__}"
             )
-    return PipelineParts(prior, tokenizer, labels)
+        return module
+
+    return PipelineParts(part("prior", Prior), part("tokenizer", Tokenizer), labels)
 
 
 def load_parts(
@@ -115,7 +141,7 @@ def load_parts(
     if path != DEMO:
         return _load_folder(Path(path), device, dtype)
     assets = importlib.resources.files("dar_fast").joinpath("assets", DEMO)
-    if not assets.joinpath(INDEX).is_file():
+    if not assets.joinpath(PIPELINE_INDEX).is_file():
         raise CheckpointError(
             "demo: expected the embedded model in dar_fast/assets/demo, got none: this copy of "
             "dar_fast was built without it; pass a folder that save_pretrained wrote"
@@ -155,16 +181,21 @@ def _write_parts(work: Path, prior: Prior, tokenizer: Tokenizer, labels: list[st
         "tokenizer": ["dar_fast.models", "Tokenizer"],
         "labels": labels,
     }
-    (work / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (work / PIPELINE_INDEX).write_text(
+        json.dumps(index, indent=2, ensure_ascii=False) + "\n", "utf-8"
+    )
 
 
 def _move_parts(work: Path, target: Path) -> None:
-    (target / INDEX).unlink(missing_ok=True)  # no pipeline while its parts change
+    (target / PIPELINE_INDEX).unlink(missing_ok=True)  # no pipeline while its parts change
     for part in ("prior", "tokenizer"):
         if (target / part).exists():
             (target / part).rename(work / f"old-{part}")
         (work / part).rename(target / part)
-    (work / INDEX).rename(target / INDEX)
+    (work / PIPELINE_INDEX).rename(target / PIPELINE_INDEX)
 
 
-__all__ = ["PipelineParts", "load_parts", "pick_device", "pick_dtype", "save_parts"]
+__all__ = [
+    "PIPELINE_INDEX", "PipelineParts", "check_parts", "load_parts", "pick_device", "pick_dtype",
+    "save_parts",
+]  # fmt: skip
