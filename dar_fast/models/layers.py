@@ -111,7 +111,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q.to(values.dtype), keys.to(values.dtype), values, attn_mask=mask, is_causal=causal
         )
-        return self.proj(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.proj(y.transpose(1, 2).flatten(2))
 
     def forward(
         self,
@@ -133,7 +133,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1(x)))  # type: ignore[no-any-return]
+        return self.fc2(F.silu(self.fc1(x)))
 
 
 class GatedBlock(nn.Module):
@@ -159,7 +159,7 @@ class GatedBlock(nn.Module):
         causal: bool = False,
     ) -> Tensor:
         x = x + self.gate1 * self.attention(self.norm1(x), tables, mask, causal)
-        return x + self.gate2 * self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+        return x + self.gate2 * self.mlp(self.norm2(x))
 
     def extend(
         self, x: Tensor, cache: tuple[Tensor, Tensor] | None

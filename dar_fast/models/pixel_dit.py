@@ -76,7 +76,7 @@ class DiTBlock(nn.Module):
     ) -> Tensor:
         attention, mlp = self.modulations(x, features, cond, tables)
         x = x + attention.gate * self.attention(modulate(x, attention), tables)
-        return x + mlp.gate * self.mlp(modulate(x, mlp))  # type: ignore[no-any-return]
+        return x + mlp.gate * self.mlp(modulate(x, mlp))
 
 
 class PixelDiT(nn.Module):
@@ -114,7 +114,7 @@ class PixelDiT(nn.Module):
         pooled = F.adaptive_avg_pool2d(
             x.transpose(1, 2).reshape(len(x), -1, self.grid, self.grid), REPA_GRID
         )
-        return self.repa_out(pooled.flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
+        return self.repa_out(pooled.flatten(2).transpose(1, 2))
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor, *, align: bool = False) -> Velocity:
         """Velocity at noisy images `x` `[B, 3, R, R]`, times `t` `[B]`, conditions `[B, Q, D]`."""

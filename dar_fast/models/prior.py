@@ -92,7 +92,7 @@ class PriorAttention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and n > 1, enable_gqa=H != Hkv
         )
-        return self.proj(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -103,7 +103,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class PriorBlock(nn.Module):
@@ -119,7 +119,7 @@ class PriorBlock(nn.Module):
         self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, layer: int
     ) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), tables, cache, layer))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
 class Prior(nn.Module):
@@ -161,7 +161,7 @@ class Prior(nn.Module):
             x = layer(x, (cos[start:end], sin[start:end]), cache, i)
         if cache is not None:
             cache.length = end
-        return self.norm(x)  # type: ignore[no-any-return]
+        return self.norm(x)
 
     def embed(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Inputs `[B, 1 + n, D]`: the class, then codes `[B, n]`."""
@@ -177,7 +177,7 @@ class Prior(nn.Module):
         """
         self.check_codes(codes, 1)
         self.check_labels(labels, len(codes), null=True)
-        return self.head(self.hidden(self.embed(codes[:, :-1], labels))).float()  # type: ignore[no-any-return]
+        return self.head(self.hidden(self.embed(codes[:, :-1], labels))).float()
 
     def check_codes(self, codes: Tensor, least: int = 0) -> None:
         """Raise ValueError unless `codes` is `[B, n]` int64, least ≤ n ≤ N, each in [0, V)."""

@@ -61,4 +61,4 @@ class Quantizer(nn.Module):
     def embed(self, codes: Tensor) -> Tensor:
         """Rows `[B, n, D]` for the token decoder from codes `[B, n]`."""
         e = F.normalize(F.embedding(codes, self.codebook), dim=-1)
-        return self.proj_out(e)  # type: ignore[no-any-return]
+        return self.proj_out(e)

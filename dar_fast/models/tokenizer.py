@@ -99,7 +99,7 @@ class Tokenizer(nn.Module):
 
     def pre_quantize(self, images: Tensor) -> Tensor:
         """`[B, N, C]`: the encoder's rows before normalising."""
-        return self.quantizer.proj_in(self.encoder(images))  # type: ignore[no-any-return]
+        return self.quantizer.proj_in(self.encoder(images))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Tokenizer(nn.Module):
 
     def conditions(self, codes: Tensor) -> Tensor:
         """Condition tokens `[B, N, D]` of codes `[B, N]`."""
-        return self.token_decoder(self.quantizer.embed(codes))  # type: ignore[no-any-return]
+        return self.token_decoder(self.quantizer.embed(codes))
 
     def noise(self, seeds: int | Sequence[int] | Tensor | None, batch: int) -> Tensor:
         """Starting noise `[B, 3, R, R]`, a function of each picture's own seed."""

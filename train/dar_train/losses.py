@@ -56,7 +56,7 @@ def _import_lpips() -> ModuleType:
         import lpips
 
         lpips._dar_schemas = library  # definitions last as long as this object
-    return lpips  # type: ignore[no-any-return]
+    return lpips
 
 
 def perceptual_loss(weights: Path, device: torch.device) -> AuxiliaryLoss:

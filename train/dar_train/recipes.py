@@ -82,7 +82,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self), default=str))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
