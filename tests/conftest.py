@@ -1,8 +1,13 @@
 """What the tests share: a pipeline small enough that a picture takes milliseconds."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when the kernels are imported
 
 from dar_fast import DARPipeline
 from dar_fast.config import PixelDiTConfig, PriorConfig, TokenizerConfig

@@ -4,11 +4,15 @@ An op lists its implementations in order of preference; each says why it cannot 
 The cost is a few attribute reads a call; what is installed is looked up once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
+
+NAMES = ("torch", "native", "triton")
 
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
@@ -22,6 +26,32 @@ def _installed() -> None:
     return None
 
 
+_USING: ContextVar[str | None] = ContextVar("dar_kernels implementation", default=None)
+
+
+@contextmanager
+def using(implementation: str) -> Iterator[None]:
+    """Within it, every op that has `implementation` uses it or raises; the others choose as ever.
+
+    `implementation=` of a call comes first. A compiled graph keeps what held while it was traced.
+
+    Args:
+        implementation: `torch`, `native` or `triton`.
+
+    Raises:
+        ValueError: where no op could have an implementation of that name.
+    """
+    if implementation not in NAMES:
+        raise ValueError(
+            f"implementation: expected one of {', '.join(NAMES)}, got {implementation!r}"
+        )
+    token = _USING.set(implementation)
+    try:
+        yield
+    finally:
+        _USING.reset(token)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Implementation(Generic[P, R_co]):
     """One way to compute an op.
@@ -30,6 +60,7 @@ class Implementation(Generic[P, R_co]):
         name: `torch`, `native` or `triton`.
         run: the function; every implementation of an op takes the same arguments.
         devices: device types it runs on; empty: all.
+        on_request: further device types, where the caller names it.
         dtypes: dtypes it takes; empty: all that the op takes.
         missing: why it is not installed, and how to get it; None where it is.
     """
@@ -37,13 +68,17 @@ class Implementation(Generic[P, R_co]):
     name: str
     run: Callable[P, R_co]
     devices: tuple[str, ...] = ()
+    on_request: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
     missing: Callable[[], str | None] = _installed
 
-    def why_not(self, device: str, dtype: torch.dtype) -> str | None:
+    def why_not(self, device: str, dtype: torch.dtype, named: bool = False) -> str | None:
         """The reason it cannot run on this device type and dtype, or None."""
         if self.devices and device not in self.devices:
-            return f"runs on {', '.join(self.devices)} only"
+            if device not in self.on_request:
+                return f"runs on {', '.join(self.devices)} only"
+            if not named:
+                return self.missing() or f"runs on {device} only where it is named"
         if self.dtypes and dtype not in self.dtypes:
             return f"takes {', '.join(str(d) for d in self.dtypes)} only"
         return self.missing()
@@ -66,17 +101,21 @@ class Op(Generic[P, R_co]):
     def choose(
         self, device: str, dtype: torch.dtype, implementation: str | None = None
     ) -> Implementation[P, R_co]:
-        """The implementation that `implementation` names, or the first that can run.
+        """The implementation that `implementation` or `using` names, or the first that can run.
 
         Raises:
             ValueError: where no implementation has that name.
             UnavailableError: where the named one cannot run on this device and dtype, or none can.
         """
+        if implementation is None:
+            preferred = _USING.get()
+            if any(i.name == preferred for i in self.implementations):
+                implementation = preferred
         reasons: dict[str, str] = {}
         for candidate in self.implementations:
             if implementation is not None and candidate.name != implementation:
                 continue
-            reason = candidate.why_not(device, dtype)
+            reason = candidate.why_not(device, dtype, implementation is not None)
             if reason is None:
                 return candidate
             reasons[candidate.name] = reason
@@ -87,6 +126,11 @@ class Op(Generic[P, R_co]):
             )
         what = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UnavailableError(f"{self.name} on {device} in {dtype}: {what}")
+
+    @torch.compiler.assume_constant_result
+    def pick(self, device: str, dtype: torch.dtype, implementation: str | None = None) -> str:
+        """The name of what `choose` chooses; a constant of the graph where torch.compile traces."""
+        return self.choose(device, dtype, implementation).name
 
     def explain(self, device: str, dtype: torch.dtype) -> Choice:
         """The choice without a named implementation, and why not each other one."""
