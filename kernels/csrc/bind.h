@@ -1,0 +1,11 @@
+// What Python sees: each op adds its functions to the module in a file of its own, bind_<op>.cpp, which checks
+// arguments (std::invalid_argument becomes ValueError) and releases the interpreter's lock.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace dar {
+
+void bind_vq_nearest(nanobind::module_ &module);
+
+} // namespace dar
