@@ -19,7 +19,7 @@ dar::Matrix matrix(const Floats &x) {
     return {x.data(), size(0), size(1), x.stride(0), x.stride(1)};
 }
 
-void vq_nearest(const Floats &z, const Floats &codebook, const Codes &codes, int threads, const std::string &isa) {
+void checked(const Floats &z, const Floats &codebook, const Codes &codes, int threads, const std::string &isa) {
     const dar::Matrix rows = matrix(z), entries = matrix(codebook);
     if (rows.columns < 1 || entries.columns != rows.columns || entries.rows < 1)
         throw std::invalid_argument("vq_nearest: expected z [M, C >= 1] and codebook [V >= 1, C]");
@@ -40,7 +40,7 @@ void dar::bind_vq_nearest(nb::module_ &module) {
     // Nothing is converted: a copy of `codes` would be filled and lost.
     module.def(
         "vq_nearest",
-        &vq_nearest,
+        &checked,
         "z"_a.noconvert(),
         "codebook"_a.noconvert(),
         "codes"_a.noconvert(),
