@@ -32,7 +32,7 @@ else:
     INSTALLED = True
 
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
-_CAST_DOT = tl.constexpr(INTERPRETED)  # the interpreter's product of bf16 is garbage (3.6 to 3.9)
+_INTERPRETED = tl.constexpr(INTERPRETED)  # whose bf16 products are garbage, and casts to it cut off
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -54,10 +54,21 @@ def missing() -> str | None:
 @triton.jit
 def dot(a, b, acc):
     """acc + a @ b in fp32 on the matrix units; fp32 operands in full precision, no TF32."""
-    if _CAST_DOT:
+    if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """fp32 to `dtype`, to the nearest, ties to even."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
 
 
 def launch_options(*, num_warps: int, num_stages: int = 2, **more: Any) -> dict[str, Any]:
@@ -71,6 +82,6 @@ def contiguous_last(x: Tensor) -> Tensor:
 
 
 __all__ = [
-    "INSTALLED", "INTERPRETED", "TRITON_DTYPES", "contiguous_last", "dot", "launch_options",
-    "missing", "tl", "triton",
+    "INSTALLED", "INTERPRETED", "TRITON_DTYPES", "cast", "contiguous_last", "dot",
+    "launch_options", "missing", "tl", "triton",
 ]  # fmt: skip
