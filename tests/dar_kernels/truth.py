@@ -16,8 +16,9 @@ TRITON = triton_support.missing() is None  # interpreted on a CPU, or on a GPU
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
     """‖actual - truth‖ / ‖truth‖; the plain norm where the truth is zero."""
+    truth = truth.detach()
     scale = truth.norm()
-    return float((actual.double() - truth).norm() / (scale if scale > 0 else 1))
+    return float((actual.detach().double() - truth).norm() / (scale if scale > 0 else 1))
 
 
 def outputs_and_gradients(
