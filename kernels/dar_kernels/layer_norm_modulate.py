@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dar_kernels import triton_support
 from dar_kernels.aot import DenoiserShape, Shape, Variant
 from dar_kernels.dispatch import Implementation, Op
 from dar_kernels.layer_norm_rows import (
@@ -25,7 +24,7 @@ from dar_kernels.layer_norm_rows import (
     normalise_row_backward,
     row_launch,
 )
-from dar_kernels.triton_support import TRITON_DTYPES, tl, triton
+from dar_kernels.triton_support import TRITON_DTYPES, cast, missing, tl, triton
 
 
 def layer_norm_modulate_ref(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -47,7 +46,7 @@ def _layer_norm_modulate_kernel(
     shift = tl.load(shift_ptr + row * stride_shift + cols, mask=mask, other=0.0).to(tl.float32)
     x_hat, _ = normalise_row(x, mask, D, eps)
     y = x_hat * (1.0 + scale) + shift
-    tl.store(y_ptr + row * D + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + row * D + cols, cast(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -65,13 +64,13 @@ def _layer_norm_modulate_backward_kernel(
     dy = dy_stored.to(tl.float32)
     x_hat, rstd = normalise_row(x, mask, D, eps)
     dx = normalise_row_backward(dy * (1.0 + scale), x_hat, rstd, D)
-    tl.store(dx_ptr + row * D + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptr + row * D + cols, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
     dmodulation_row = dmodulation_ptr + row * D
     if WITH_SHIFT:  # [dshift, dscale] side by side: one operand of the products that follow
         dmodulation_row += row * D
         tl.store(dmodulation_row + cols, dy_stored, mask=mask)
         dmodulation_row += D
-    tl.store(dmodulation_row + cols, (dy * x_hat).to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dmodulation_row + cols, cast(dy * x_hat, dx_ptr.dtype.element_ty), mask=mask)
 
 
 @torch.library.custom_op("dar::layer_norm_modulate", mutates_args=())
@@ -136,7 +135,7 @@ OP = Op(
             devices=("cuda",),
             on_request=("cpu",),
             dtypes=TRITON_DTYPES,
-            missing=triton_support.missing,
+            missing=missing,
         ),
         Implementation(name="torch", run=layer_norm_modulate_ref),
     ),
