@@ -1,15 +1,16 @@
 """code = argmin_v ‖ẑ − ê_v‖², ẑ and ê the l2-normalised rows of z [M, C] and codebook [V, C].
 
 Ties go to the lowest v. Compute bound: 2·M·V·C FLOPs. Reads (M + V)·C·itemsize bytes, writes 8·M;
-the [M, V] distances never exist.
+the [M, V] distances never exist. C++ in kernels/csrc/vq_nearest.cpp, Triton in vq_nearest_triton.
 Source: D-AR (arXiv 2505.23660), the tokenizer's quantizer.
 """
 
 import torch
 from torch import Tensor
 
-from dar_kernels import native
+from dar_kernels import native, triton_support
 from dar_kernels.dispatch import Implementation, Op
+from dar_kernels.vq_nearest_triton import launch
 
 EPS = 1e-12  # smallest norm divided by, as torch.nn.functional.normalize
 TILE_M = 2048  # scores of one tile: 2048·1024·4 bytes, which a CPU's second-level cache and L3 hold
@@ -87,6 +88,14 @@ OP = Op(
     name="vq_nearest",
     implementations=(
         Implementation(
+            name="triton",
+            run=launch,
+            devices=("cuda",),
+            on_request=("cpu",),
+            dtypes=triton_support.TRITON_DTYPES,
+            missing=triton_support.missing,
+        ),
+        Implementation(
             name="native",
             run=_compiled,
             devices=("cpu",),
@@ -115,13 +124,14 @@ def vq_nearest(z: Tensor, codebook: Tensor, *, implementation: str | None = None
 
     A row whose norm is below 1e-12 is divided by 1e-12 instead; a row of zeros is as near to every
     unit entry, so its code is the lowest. A row with NaN or infinity has code 0; a codebook entry
-    with one is never chosen while another can be. In fp32 `torch` multiplies as precisely as
-    torch.set_float32_matmul_precision asks.
+    with one is never chosen while another can be. `triton` and `native` multiply in plain fp32;
+    `torch` as precisely as torch.set_float32_matmul_precision asks.
 
     Args:
         z: `[M, C]`, floating point, M ≥ 0, any strides.
         codebook: `[V, C]`, V ≥ 1, of the dtype and on the device of `z`.
-        implementation: `native` (CPU, not fp64) or `torch`; None: the first of these that can run.
+        implementation: `triton` (CUDA, not fp64), `native` (CPU, not fp64) or `torch`; None: the
+            first of these that can run.
 
     Returns:
         int64 `[M]` in [0, V). Not differentiable.

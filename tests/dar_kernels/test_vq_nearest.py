@@ -6,11 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dar_kernels import native, vq_nearest
+from dar_kernels import native, triton_support, vq_nearest
 from dar_kernels.vq_nearest import OP, TILE_M, TILE_V, _vq_nearest, vq_nearest_ref
+from dar_kernels.vq_nearest_triton import BLOCK_M, CHUNK, PROGRAMS
 
 MARGIN = 1e-6  # of the squared distance: below it fp32 may choose either of two entries
-EVERY = ["torch", "default", *(f"isa={isa}" for isa in native.isa_supported())]
+TRITON = ["triton"] * (triton_support.missing() is None)  # interpreted where there is no GPU
+EVERY = ["torch", "default", *TRITON, *(f"isa={isa}" for isa in native.isa_supported())]
 
 
 def run(way, z, codebook, threads=1):
@@ -44,7 +46,7 @@ def check(way, z, codebook, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("M", "V", "C"),
-    [(1, 1, 8), (1, 4096, 8), (300, 1000, 8), (33, 17, 1), (40, 50, 3), (65, 100, 33), (5, 9, 768)],
+    [(1, 1, 8), (1, 4096, 8), (300, 1000, 8), (33, 17, 1), (40, 50, 3), (65, 100, 33), (5, 9, 160)],
     ids=str,
 )
 def test_equals_the_definition(way, dtype, M, V, C):
@@ -57,7 +59,8 @@ def test_equals_the_definition(way, dtype, M, V, C):
 
 @pytest.mark.parametrize("way", EVERY)
 def test_sizes_that_cross_every_tile(way):
-    z, codebook = torch.randn(TILE_M + 37, 2), torch.randn(2 * TILE_V + 5, 2)
+    tile_m, tile_v = (BLOCK_M, CHUNK) if way == "triton" else (TILE_M, TILE_V)
+    z, codebook = torch.randn(tile_m + 37, 2), torch.randn(2 * tile_v + 5, 2)
     check(way, z, codebook)
     rows = torch.randperm(len(codebook))
     wide = torch.randn(len(codebook), 8)
@@ -83,15 +86,30 @@ def test_any_shape(M, V, C, seed, way, threads, grid):
 @pytest.mark.parametrize("V", [3, 16, 50, 1000, 4 * TILE_V])
 @pytest.mark.parametrize("C", [1, 8, 13])
 def test_equal_entries_give_the_lowest_index(way, V, C):
+    if way == "triton":
+        V = min(V, 3 * CHUNK)  # the interpreter takes its time
     half = torch.randn(V, C)
     if C == 1:
         half = half.abs()
-    once = run(way, half, half)
-    twice = run(way, half, torch.cat([half, half]))
+    rows = half[-64:]
+    once = run(way, rows, half)
+    twice = run(way, rows, torch.cat([half, half]))
     assert torch.equal(once, twice)
     assert twice.max() < V
     constant = run(way, torch.randn(9, C), torch.ones(V, C))
     assert torch.equal(constant, torch.zeros(9, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("way", TRITON)
+@pytest.mark.parametrize("programs", [1, 5, PROGRAMS])
+def test_parts_of_the_codebook_change_nothing(way, programs, monkeypatch):
+    monkeypatch.setattr("dar_kernels.vq_nearest_triton.PROGRAMS", programs)
+    codebook = torch.randn(700, 8)
+    codebook = torch.cat([codebook, codebook])  # the lowest of two parts
+    z = torch.randn(20, 8)
+    codes = run(way, z, codebook)
+    assert codes.max() < 700
+    assert torch.equal(codes, run("torch", z, codebook))
 
 
 @pytest.mark.parametrize("way", [way for way in EVERY if way.startswith("isa=")])
@@ -178,8 +196,9 @@ def test_fp64_stays_fp64():
     z = codebook[[1, 0]]
     assert vq_nearest(z, codebook).tolist() == vq_nearest_ref(z, codebook).tolist() == [1, 0]
     assert vq_nearest(z.float(), codebook.float()).tolist() == [0, 0]
-    with pytest.raises(RuntimeError, match=r"native: takes torch\.float32"):
-        vq_nearest(z, codebook, implementation="native")
+    for name in ("native", "triton"):
+        with pytest.raises(RuntimeError, match=rf"{name}: (takes torch\.float32|there is no CUDA)"):
+            vq_nearest(z, codebook, implementation=name)
 
 
 def test_autocast_does_not_round():
@@ -212,7 +231,7 @@ def test_distances_are_never_whole():
     assert largest.numel <= max(M, V) * 8
 
 
-@pytest.mark.parametrize("implementation", ["torch", "native"])
+@pytest.mark.parametrize("implementation", ["torch", "native", *TRITON])
 def test_registration(implementation):
     z = torch.randn(5, 8, requires_grad=True)
     codebook = torch.randn(20, 8, requires_grad=True)
@@ -257,7 +276,7 @@ def test_wrong_arguments_are_named(z, codebook, error, message):
 
 def test_wrong_implementation_is_named():
     with pytest.raises(
-        ValueError, match="expected implementation one of native, torch, got 'cuda'"
+        ValueError, match="expected implementation one of triton, native, torch, got 'cuda'"
     ):
         vq_nearest(torch.ones(2, 8), torch.ones(2, 8), implementation="cuda")
 
