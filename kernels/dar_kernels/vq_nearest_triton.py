@@ -69,7 +69,7 @@ def _vq_partial_kernel(
 ):  # fmt: skip
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     rows_ptr += rows // PANEL * (C + 1) * PANEL + rows % PANEL
-    z = ()
+    z = tl.tuple([])
     if HOIST:
         for c in tl.static_range(C):
             z += (tl.load(rows_ptr + c * PANEL)[:, None],)
