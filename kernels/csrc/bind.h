@@ -6,6 +6,8 @@
 
 namespace dar {
 
+void bind_attention(nanobind::module_ &module);
+void bind_modulate(nanobind::module_ &module);
 void bind_vq_nearest(nanobind::module_ &module);
 
 } // namespace dar

@@ -3,9 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <new>
 
+#include "buffer.h"
 #include "parallel.h"
 
 namespace dar {
@@ -16,17 +15,6 @@ using namespace vq;
 constexpr double EPS = 1e-12;         // smallest norm divided by, as torch.nn.functional.normalize
 constexpr int64_t TILE_FLOATS = 4096; // of the codebook at a time: 16 KiB, half of a first-level cache
 constexpr int64_t GROUP = 8;          // panels that share a tile while it is there
-constexpr std::align_val_t ALIGN{64}; // the widest vector, and a cache line
-
-struct AlignedDelete {
-    void operator()(void *p) const { ::operator delete(p, ALIGN); }
-};
-
-template <typename T> using Buffer = std::unique_ptr<T[], AlignedDelete>;
-
-template <typename T> Buffer<T> make_buffer(int64_t n) {
-    return Buffer<T>(static_cast<T *>(::operator new(static_cast<size_t>(n) * sizeof(T), ALIGN)));
-}
 
 // Writes one row over max(norm, EPS) to out[c * stride] and returns -|result|^2 / 2, or zeros and -inf where the row
 // is not finite. The norm is taken in double: a row of any finite size neither overflows nor vanishes.
