@@ -1,0 +1,179 @@
+"""Straight-through rows and losses of a vector quantiser; ẑ and ê are l2-normalised rows.
+
+    embedding = ẑ + sg(ê − ẑ), vq = mean_C (ê − sg(ẑ))², commit = β·mean_C (sg(ê) − ẑ)²
+
+Memory bound. Forward reads z and its entries and writes the rows, backward reads both and the
+gradients of the rows and writes dz: 3 and 4 times M·C·4 bytes, 12 to 24·M beside. Nothing but the
+inputs is saved. dcodebook: the rows of each entry in order (a stable sort of M 32-bit codes), one
+program an entry, no atomics: the same bits every time. (M + V)·C·4 bytes and the sort.
+Source: D-AR (arXiv 2505.23660), §3.1.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dar_kernels.aot import DenoiserShape, Shape, Variant
+from dar_kernels.dispatch import Implementation, Op
+from dar_kernels.triton_support import TRITON_DTYPES, missing
+from dar_kernels.vq_losses_triton import (
+    OPTIONS,
+    SEGMENT,
+    SEGMENT_OPTIONS,
+    tile,
+    vq_losses_dcodebook_kernel,
+    vq_losses_dz_kernel,
+    vq_losses_kernel,
+    vq_losses_triton,
+)
+
+DTYPES = (*TRITON_DTYPES, torch.float64)
+COMMITMENT = 0.25
+MAX_C = 1024  # a row is one program's, in registers
+
+
+class VQLosses(NamedTuple):
+    embedding: Tensor  # [M, C], ê with the gradient of ẑ
+    vq: Tensor  # [M], 0 where masked
+    commit: Tensor  # [M], weighted, 0 where masked
+
+
+def vq_losses_ref(
+    z: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None, commitment: float
+) -> VQLosses:
+    """The definition, in whatever dtype it is given; in fp64 it is the truth the tests use."""
+    z = F.normalize(z, dim=-1)
+    e = F.normalize(F.embedding(codes, codebook), dim=-1)
+    vq = (e - z.detach()).square().mean(-1)
+    commit = commitment * (e.detach() - z).square().mean(-1)
+    if mask is not None:
+        vq, commit = vq * mask, commit * mask
+    return VQLosses(z + (e - z).detach(), vq, commit)
+
+
+def _torch(
+    z: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None, commitment: float
+) -> VQLosses:
+    """The definition in fp32 at least: what the losses are made of is far below bf16's steps."""
+    dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
+    return vq_losses_ref(z.to(dtype), codebook.to(dtype), codes, mask, commitment)
+
+
+OP = Op(
+    name="vq_losses",
+    implementations=(
+        Implementation(
+            name="triton",
+            run=vq_losses_triton,
+            devices=("cuda",),
+            on_request=("cpu",),
+            dtypes=TRITON_DTYPES,
+            missing=missing,
+        ),
+        Implementation(name="torch", run=_torch),
+    ),
+)
+
+
+def variants(shape: Shape) -> Iterator[Variant]:
+    """All three for the codebook of a tokenizer: fp32 rows, and bf16 as autocast gives them."""
+    if not isinstance(shape, DenoiserShape):
+        return
+    C = shape.code_dim
+    blocks = tile(C)
+    sizes = dict.fromkeys(("M", "V", "stride_zm", "stride_ev", "C"), "i32")
+    for dtype in ("fp32", "bf16"):
+        for masked in (False, True):
+            mask = {"mask_ptr": "*i1"} if masked else {}
+            absent: dict[str, Any] = {} if masked else {"mask_ptr": None}
+            inputs = {"z_ptr": f"*{dtype}", "codebook_ptr": "*fp32", **mask}
+            rows = inputs | sizes | {"codes_ptr": "*i64", "commitment": "fp32"}
+            for kernel, outputs in (
+                (vq_losses_kernel, ("out_ptr", "vq_ptr", "commit_ptr")),
+                (vq_losses_dz_kernel, ("dout_ptr", "dcommit_ptr")),
+            ):
+                pointers = dict.fromkeys(outputs, "*fp32")
+                if kernel is vq_losses_dz_kernel:
+                    pointers["dz_ptr"] = f"*{dtype}"
+                yield Variant(
+                    kernel=kernel,
+                    signature=rows | pointers,
+                    constants=absent | blocks,
+                    aligned=("M", "V"),
+                    options=OPTIONS,
+                )
+            segments = {"order_ptr": "*i64", "starts_ptr": "*i64"}
+            segments |= dict.fromkeys(("dvq_ptr", "dcodebook_ptr"), "*fp32")
+            yield Variant(
+                kernel=vq_losses_dcodebook_kernel,
+                signature=inputs | segments | dict.fromkeys(("stride_zm", "stride_ev", "C"), "i32"),
+                constants=absent | {"SEGMENT": SEGMENT, "BLOCK_C": blocks["BLOCK_C"]},
+                options=SEGMENT_OPTIONS,
+            )
+
+
+def vq_losses(
+    z: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    mask: Tensor | None = None,
+    *,
+    commitment: float = COMMITMENT,
+    implementation: str | None = None,
+) -> VQLosses:
+    """Embeddings of `codes` with the straight-through gradient, and the losses of each row.
+
+    A row or an entry whose norm is below 1e-12 is divided by 1e-12 instead.
+
+    Args:
+        z: `[M, C]`, C ≤ 1024, M ≥ 0, floating point, not normalised, any strides.
+        codebook: `[V, C]`, V ≥ 1, floating point, of any dtype, on the device of `z`.
+        codes: int64 `[M]` in [0, V). On CUDA others are not refused: their rows are NaN.
+        mask: bool `[M]`, which rows have losses; None: all. The others keep their embedding.
+        commitment: β ≥ 0.
+        implementation: `triton` (CUDA, not fp64) or `torch`; None: the first that can run.
+
+    Returns:
+        `embedding` `[M, C]`, `vq` and `commit` `[M]`, all fp32 (fp64 where an input is). vq is
+        differentiable in `codebook`, embedding and commit in `z`; under `triton` dcodebook has the
+        same bits in every run.
+
+    Raises:
+        TypeError: where a tensor is none, or has the wrong dtype.
+        ValueError: where shapes, devices, codes or `commitment` do not fit.
+        UnavailableError: where the named implementation cannot run here.
+    """
+    for name, tensor in (("z", z), ("codebook", codebook), ("codes", codes), ("mask", mask)):
+        if name == "mask" and tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"vq_losses: expected {name} a tensor, got {type(tensor).__name__}")
+        dtypes = {"codes": (torch.int64,), "mask": (torch.bool,)}.get(name, DTYPES)
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"vq_losses: expected {name} in one of {dtypes}, got {tensor.dtype}")
+        if tensor.device != z.device:
+            raise ValueError(f"vq_losses: expected {name} on {z.device}, got {tensor.device}")
+    if z.ndim != 2 or not 1 <= z.shape[1] <= MAX_C:
+        raise ValueError(f"vq_losses: expected z [M, 1 <= C <= {MAX_C}], got {list(z.shape)}")
+    M, C = z.shape
+    if codebook.ndim != 2 or codebook.shape[1] != C or codebook.shape[0] < 1:
+        raise ValueError(f"vq_losses: expected codebook [V >= 1, {C}], got {list(codebook.shape)}")
+    for name, row in (("codes", codes), ("mask", mask)):
+        if row is not None and row.shape != (M,):
+            raise ValueError(f"vq_losses: expected {name} [{M}], got {list(row.shape)}")
+    if not 0 <= commitment < float("inf"):
+        raise ValueError(f"vq_losses: expected commitment >= 0, got {commitment!r}")
+    V = codebook.shape[0]
+    if not torch.compiler.is_compiling() and codes.device.type == "cpu" and M > 0:
+        low, high = (int(x) for x in codes.aminmax())
+        if low < 0 or high >= V:
+            raise ValueError(
+                f"vq_losses: expected codes in [0, {V}), got {low if low < 0 else high}"
+            )
+    dtype = torch.promote_types(z.dtype, codebook.dtype)
+    if OP.pick(z.device.type, dtype, implementation) == "torch":
+        return _torch(z, codebook, codes, mask, float(commitment))
+    return VQLosses(*vq_losses_triton(z, codebook, codes, mask, float(commitment)))
