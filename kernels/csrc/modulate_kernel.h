@@ -77,7 +77,8 @@ template <typename T> void bias_silu_row(const BiasSilu<T> &op, int64_t b, int64
     T *out = op.out.row(b, n);
 #pragma omp simd
     for (int64_t d = 0; d < op.size.D; ++d) {
-        const float v = load(x[d]) + load(bias[d]);
+        const float sum = load(x[d]) + load(bias[d]);
+        const float v = sum < -88.0F ? -88.0F : sum; // silu is below 1e-36 there, and exp_approx at its end
         store(&out[d], v / (1 + exp_approx(-v)));
     }
 }

@@ -1,6 +1,6 @@
 """dar_kernels: the ops of dar_fast, one a file; they know nothing of models."""
 
-from dar_kernels.dispatch import Choice, UnavailableError
+from dar_kernels.dispatch import Choice, UnavailableError, prefer
 from dar_kernels.dispatch import report as _report
 from dar_kernels.vq_nearest import OP as _VQ_NEAREST
 from dar_kernels.vq_nearest import vq_nearest
@@ -13,4 +13,4 @@ def report(devices: tuple[str, ...] = ("cpu", "cuda")) -> dict[str, dict[str, Ch
     return _report(OPS, devices)
 
 
-__all__ = ["OPS", "Choice", "UnavailableError", "report", "vq_nearest"]
+__all__ = ["OPS", "Choice", "UnavailableError", "prefer", "report", "vq_nearest"]

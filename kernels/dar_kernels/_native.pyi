@@ -4,3 +4,54 @@ threading: str  # "OpenMP" or "std::thread"
 
 def isa_supported() -> list[str]: ...
 def vq_nearest(z: Tensor, codebook: Tensor, codes: Tensor, threads: int, isa: str = "") -> None: ...
+def attention_supported(head_dim: int) -> bool: ...
+def attention(
+    q: object,
+    k: object,
+    v: object,
+    q_weight: object,
+    q_bias: object,
+    k_weight: object,
+    k_bias: object,
+    cos: object,
+    sin: object,
+    out: object,
+    eps: float,
+    threads: int,
+) -> None: ...
+def modulate(
+    x: object,
+    y: object,
+    gate: object,
+    shift: object,
+    scale: object,
+    residual: object,
+    modulated: object,
+    eps: float,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+def bias_silu(x: object, bias: object, out: object, threads: int, isa: str = "") -> None: ...
+def head_norm_rope(
+    x: object,
+    weight: object,
+    bias: object,
+    cos: object,
+    sin: object,
+    out: object,
+    eps: float,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+def key_weights(
+    q: object,
+    weight: object,
+    bias: object,
+    cos: object,
+    sin: object,
+    keys: object,
+    out: object,
+    eps: float,
+    threads: int,
+    isa: str = "",
+) -> None: ...

@@ -12,7 +12,7 @@ from typing import Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-NAMES = ("torch", "native", "triton")
+from dar_kernels import native, triton_support
 
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
@@ -22,16 +22,26 @@ class UnavailableError(RuntimeError):
     """The implementation that the caller named cannot run here; the message says what to do."""
 
 
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records what is computed from these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _installed() -> None:
     return None
 
 
-_USING: ContextVar[str | None] = ContextVar("dar_kernels implementation", default=None)
+NAMES: dict[str, Callable[[], str | None]] = {
+    "torch": _installed,
+    "native": native.missing,
+    "triton": triton_support.missing,
+}
+_PREFERRED: ContextVar[str | None] = ContextVar("dar_kernels implementation", default=None)
 
 
 @contextmanager
-def using(implementation: str) -> Iterator[None]:
-    """Within it, every op that has `implementation` uses it or raises; the others choose as ever.
+def prefer(implementation: str) -> Iterator[None]:
+    """Within it, every op whose `implementation` can run uses it; the others choose as ever.
 
     `implementation=` of a call comes first. A compiled graph keeps what held while it was traced.
 
@@ -40,16 +50,20 @@ def using(implementation: str) -> Iterator[None]:
 
     Raises:
         ValueError: where no op could have an implementation of that name.
+        UnavailableError: where it is not installed.
     """
     if implementation not in NAMES:
         raise ValueError(
             f"implementation: expected one of {', '.join(NAMES)}, got {implementation!r}"
         )
-    token = _USING.set(implementation)
+    reason = NAMES[implementation]()
+    if reason is not None:
+        raise UnavailableError(f"{implementation}: {reason}")
+    token = _PREFERRED.set(implementation)
     try:
         yield
     finally:
-        _USING.reset(token)
+        _PREFERRED.reset(token)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +76,7 @@ class Implementation(Generic[P, R_co]):
         devices: device types it runs on; empty: all.
         on_request: further device types, where the caller names it.
         dtypes: dtypes it takes; empty: all that the op takes.
+        backward: whether gradients pass through it.
         missing: why it is not installed, and how to get it; None where it is.
     """
 
@@ -70,10 +85,15 @@ class Implementation(Generic[P, R_co]):
     devices: tuple[str, ...] = ()
     on_request: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
+    backward: bool = True
     missing: Callable[[], str | None] = _installed
 
-    def why_not(self, device: str, dtype: torch.dtype, named: bool = False) -> str | None:
+    def why_not(
+        self, device: str, dtype: torch.dtype, named: bool = False, grad: bool = False
+    ) -> str | None:
         """The reason it cannot run on this device type and dtype, or None."""
+        if grad and not self.backward:
+            return "has no backward"
         if self.devices and device not in self.devices:
             if device not in self.on_request:
                 return f"runs on {', '.join(self.devices)} only"
@@ -99,23 +119,30 @@ class Op(Generic[P, R_co]):
     implementations: tuple[Implementation[P, R_co], ...]
 
     def choose(
-        self, device: str, dtype: torch.dtype, implementation: str | None = None
+        self,
+        device: str,
+        dtype: torch.dtype,
+        implementation: str | None = None,
+        grad: bool = False,
     ) -> Implementation[P, R_co]:
-        """The implementation that `implementation` or `using` names, or the first that can run.
+        """The one that `implementation` names, or `prefer` where it can run, or the first that can.
+
+        `grad`: gradients are to pass through it.
 
         Raises:
             ValueError: where no implementation has that name.
             UnavailableError: where the named one cannot run on this device and dtype, or none can.
         """
-        if implementation is None:
-            preferred = _USING.get()
-            if any(i.name == preferred for i in self.implementations):
-                implementation = preferred
+        if implementation is None and (preferred := _PREFERRED.get()) is not None:
+            for candidate in self.implementations:
+                named = candidate.name == preferred
+                if named and candidate.why_not(device, dtype, named, grad) is None:
+                    return candidate
         reasons: dict[str, str] = {}
         for candidate in self.implementations:
             if implementation is not None and candidate.name != implementation:
                 continue
-            reason = candidate.why_not(device, dtype, implementation is not None)
+            reason = candidate.why_not(device, dtype, implementation is not None, grad)
             if reason is None:
                 return candidate
             reasons[candidate.name] = reason
@@ -128,9 +155,15 @@ class Op(Generic[P, R_co]):
         raise UnavailableError(f"{self.name} on {device} in {dtype}: {what}")
 
     @torch.compiler.assume_constant_result
-    def pick(self, device: str, dtype: torch.dtype, implementation: str | None = None) -> str:
+    def pick(
+        self,
+        device: str,
+        dtype: torch.dtype,
+        implementation: str | None = None,
+        grad: bool = False,
+    ) -> str:
         """The name of what `choose` chooses; a constant of the graph where torch.compile traces."""
-        return self.choose(device, dtype, implementation).name
+        return self.choose(device, dtype, implementation, grad).name
 
     def explain(self, device: str, dtype: torch.dtype) -> Choice:
         """The choice without a named implementation, and why not each other one."""

@@ -1,0 +1,211 @@
+"""softmax(rope(LN q) rope(LN k)^T / sqrt(Dh)) v, head by head: attention with norms on q and k.
+
+Compute bound: 4·N²·D FLOPs a row of B. On CUDA the norm and the rotation are kernels of their own
+and the attention is the library's (flash). On a CPU with AVX-512 BF16 all of it is one call: keys
+and values of a head are packed once into the second-level cache, scores never leave the first.
+Source: D-AR (arXiv 2505.23660), §3.1; online softmax from Milakov and Gimelshein (2018).
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dar_kernels import native, triton_support
+from dar_kernels.dispatch import Implementation, Op, needs_grad
+from dar_kernels.layer_norm import layer_norm
+from dar_kernels.rope_2d import rope_2d
+from dar_kernels.triton_support import TRITON_DTYPES
+
+EPS = 1e-6
+NATIVE_HEAD_DIMS = (16, 32, 64)
+
+
+def normed_attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor,
+    k_bias: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The definition, in whatever dtype it is given; in fp64 it is the truth the tests use."""
+    q, k, v = (_heads(x, len(q_weight)) for x in (q, k, v))  # [B, H, N, Dh]
+    q = F.layer_norm(q, q.shape[-1:], q_weight, q_bias, EPS)
+    k = F.layer_norm(k, k.shape[-1:], k_weight, k_bias, EPS)
+    if cos is not None and sin is not None:
+        q, k = (_rotate(x, cos.to(x.dtype), sin.to(x.dtype)) for x in (q, k))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
+def _library(
+    implementation: str, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor,
+    k_weight: Tensor, k_bias: Tensor, cos: Tensor | None, sin: Tensor | None,
+    mask: Tensor | None = None, causal: bool = False,
+) -> Tensor:  # fmt: skip
+    """Norm and rotation as ops of their own, then torch's attention."""
+    q, k, v = (_heads(x, len(q_weight)) for x in (q, k, v))
+    q = layer_norm(q, q_weight, q_bias, EPS, implementation=implementation)
+    k = layer_norm(k, k_weight, k_bias, EPS, implementation=implementation)
+    if cos is not None and sin is not None:
+        q = rope_2d(q, cos, sin, implementation=implementation)
+        k = rope_2d(k, cos, sin, implementation=implementation)
+    q, k = q.to(v.dtype), k.to(v.dtype)  # autocast keeps a norm in fp32
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return y.transpose(1, 2).flatten(2)
+
+
+@functools.cache
+def _native_missing() -> str | None:
+    reason = native.missing()
+    if reason is None:
+        from dar_kernels import _native
+
+        if not _native.attention_supported(NATIVE_HEAD_DIMS[-1]):
+            reason = "this processor has no AVX-512 BF16"
+    return reason
+
+
+def _compiled(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor,
+    k_bias: Tensor, cos: Tensor | None, sin: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """C++ on the CPU, kernels/csrc/attention_avx512bf16.cpp."""
+    from dar_kernels import _native
+
+    def norm(weight: Tensor) -> Tensor:
+        return weight.detach().to(q.dtype).contiguous()
+
+    def rows(x: Tensor) -> Tensor:
+        return triton_support.contiguous_last(x.detach())
+
+    y = torch.empty(q.shape, dtype=q.dtype)
+    _native.attention(
+        rows(q), rows(k), rows(v), norm(q_weight), norm(q_bias), norm(k_weight), norm(k_bias),
+        None if cos is None else cos.contiguous(), None if sin is None else sin.contiguous(),
+        y, EPS, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+@torch.library.custom_op("dar::normed_attention", mutates_args=())
+def _normed_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor,
+    k_bias: Tensor, cos: Tensor | None, sin: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return _compiled(q, k, v, q_weight, q_bias, k_weight, k_bias, cos, sin)
+
+
+@_normed_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor,
+    k_bias: Tensor, cos: Tensor | None, sin: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return q.new_empty(q.shape)
+
+
+OP = Op(
+    name="normed_attention",
+    implementations=(
+        Implementation(
+            name="triton",
+            run=functools.partial(_library, "triton"),
+            devices=("cuda",),
+            on_request=("cpu",),
+            dtypes=TRITON_DTYPES,
+            missing=triton_support.missing,
+        ),
+        Implementation(
+            name="native",
+            run=_compiled,
+            devices=("cpu",),
+            dtypes=(torch.bfloat16,),
+            backward=False,
+            missing=_native_missing,
+        ),
+        Implementation(name="torch", run=functools.partial(_library, "torch")),
+    ),
+)
+
+
+def normed_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor,
+    k_bias: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *,
+    mask: Tensor | None = None, causal: bool = False, implementation: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of `q` over `k` and `v` with a LayerNorm and a rotation on each head of q and k.
+
+    Args:
+        q, k, v: `[B, N, D]`, D = H·Dh, of one dtype (autocast aside); chunks of a wider tensor
+            are read in place.
+        q_weight, q_bias, k_weight, k_bias: `[Dh]`.
+        cos, sin: `[N, Dh / 2]` fp32, or None: no rotation. Pairs are interleaved.
+        mask: bool `[N, N]`, true where a query looks; not with `native`.
+        causal: query i sees keys ≤ i; not with `native`.
+        implementation: `triton`, `native` (CPU with AVX-512 BF16, bf16, Dh 16, 32 or 64, without
+            gradients or mask) or `torch`; None: the first that can run.
+
+    Returns:
+        `[B, N, D]`. Differentiable but for `native`.
+
+    Raises:
+        TypeError: where an argument is no floating point tensor.
+        ValueError: where shapes or devices do not fit, or `native` is named with a mask.
+        UnavailableError: where the named implementation cannot run here.
+    """
+    _check(q, k, v, (q_weight, q_bias, k_weight, k_bias), cos, sin)
+    tensors = (q, k, v, q_weight, q_bias, k_weight, k_bias)
+    special = mask is not None or causal or len(q_weight) not in NATIVE_HEAD_DIMS
+    special = special or torch.is_autocast_enabled(q.device.type)
+    if implementation == "native" and special:
+        raise ValueError(
+            "normed_attention: expected no mask, autocast or causal order and a head width of "
+            f"{NATIVE_HEAD_DIMS} for native, got width {len(q_weight)}, causal {causal}, "
+            f"mask {None if mask is None else list(mask.shape)}"
+        )
+    chosen = OP.pick(q.device.type, q.dtype, implementation, needs_grad(*tensors) or special)
+    if chosen == "native":
+        if torch.compiler.is_compiling():  # a custom op costs 60 µs a call, which eager can spare
+            return _normed_attention(*tensors, cos, sin)
+        return _compiled(*tensors, cos, sin)
+    return _library(chosen, *tensors, cos, sin, mask, causal)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, norms: tuple[Tensor, ...], cos: Tensor | None,
+    sin: Tensor | None,
+) -> None:  # fmt: skip
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"normed_attention: expected {name} a floating point tensor, got {x!r}")
+        if x.ndim != 3 or x.shape != q.shape or x.device != q.device:
+            raise ValueError(
+                f"normed_attention: expected {name} [B, N, D] as q, {list(q.shape)} on {q.device}, "
+                f"got {list(x.shape)} on {x.device}"
+            )
+    D, Dh = q.shape[-1], len(norms[0])
+    if Dh < 2 or Dh % 2 or D % Dh or any(w.shape != (Dh,) for w in norms):
+        raise ValueError(
+            f"normed_attention: expected four norms [Dh], Dh even and dividing {D}, "
+            f"got {[list(w.shape) for w in norms]}"
+        )
+    if (cos is None) != (sin is None):
+        raise ValueError("normed_attention: expected cos and sin, or neither")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table is not None and table.shape != (q.shape[1], Dh // 2):
+            raise ValueError(
+                f"normed_attention: expected {name} [{q.shape[1]}, {Dh // 2}], "
+                f"got {list(table.shape)}"
+            )
+
+
+__all__ = ["OP", "normed_attention", "normed_attention_ref"]
