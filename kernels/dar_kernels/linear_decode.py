@@ -207,7 +207,8 @@ def linear_decode(
 ) -> Tensor:
     """The product of a few rows with a weight matrix, after a norm, onto a residual.
 
-    In `triton` a row's result depends on that row alone, to the bit, whatever R is.
+    In `triton` a row's result depends on that row alone, to the bit, whatever R is, as long as rows
+    of x start at multiples of 16 bytes.
 
     Args:
         x: `[R, D]`, R ≥ 1, best at most 16; copied where D is not contiguous.

@@ -101,12 +101,14 @@ def launch(
     """Tiles of 512 bytes a channel, in bf16 256 weights, which divide every D but 3200; 128 weights
     where x is fp32, whose products take no matrix instruction and more registers.
 
+    Rows are padded to 8 or 16: in 16 bits both take the same m16n8k16 products and sums in the same
+    order (read from the intermediate code for sm_80 and sm_90); in fp32 they would not, so 16.
     16 channels a program, so that O = 1024 gives 64 programs with 32 KiB in flight each; 32 where
     that still gives two to each of 132 multiprocessors, which halves the work on x. Four to five
-    stages take 60 to 96 KiB of shared memory, so two programs fit. Chosen from AOT register counts
-    and bytes in flight; not timed, and neither is the dependent launch of sm_90.
+    stages take 48 to 99 KiB of shared memory, so two programs fit on sm_90. Chosen from AOT
+    register counts and bytes in flight; not timed, and neither is the dependent launch of sm_90.
     """
-    rows = 8 if R <= 8 else 16
+    rows = 8 if R <= 8 and x_bytes == 2 else 16
     channels = 32 if OUT >= 32 * 2 * 132 and weights == 1 else 16
     block_k = 16 if x_bytes == 4 else 64 // itemsize
     stages = 5 if channels * weights == 16 and itemsize > 1 else 4

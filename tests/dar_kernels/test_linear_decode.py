@@ -88,7 +88,7 @@ def test_preset_widths(O_, D, dtype, stored):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_is_alone(dtype):
     """To the bit: whatever the other rows hold and however many they are."""
-    x, weight, norm_weight, residual = draw(19, 21, 300, dtype)
+    x, weight, norm_weight, residual = draw(19, 21, 304, dtype)
     x[7] = float("nan")
 
     def run(rows):
@@ -107,7 +107,7 @@ def test_a_row_is_alone(dtype):
     same(run(slice(0, 9)), sixteen[:9])
     same(run(slice(0, 19))[:16], sixteen)
     assert sixteen[6].isfinite().all() and sixteen[8].isfinite().all()
-    if DEVICE == "cuda":  # in the interpreter the products are numpy's, by the width of a tile
+    if DEVICE == "cuda" or dtype == torch.float32:  # numpy's sums go by the width of a tile
         same(eight, sixteen[:8])
 
 

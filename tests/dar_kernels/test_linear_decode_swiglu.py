@@ -66,7 +66,7 @@ def test_preset_width():
 
 @triton
 def test_a_row_is_alone():
-    x, gate, up, norm_weight = draw(16, 20, 300, torch.float32)
+    x, gate, up, norm_weight = draw(16, 20, 304, torch.float32)
     x[3] = float("nan")
     x[4] = 0
 
@@ -82,8 +82,7 @@ def test_a_row_is_alone():
     same(run(slice(2, 3))[0], eight[2])
     same(run(slice(0, 11)), sixteen[:11])
     assert sixteen[2].isfinite().all() and (sixteen[4] == 0).all()
-    if DEVICE == "cuda":  # in the interpreter the products are numpy's, by the width of a tile
-        same(eight, sixteen[:8])
+    same(eight, sixteen[:8])
 
 
 @triton
