@@ -12,13 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dar_kernels.philox import STREAM_NOISE, gumbel_noise, open_uniform, philox
+
 MAX_SEED = 2**63 - 1
 LARGEST = 1e6  # of scales and temperatures: beyond it logits leave what fp32 can tell apart
 COLDEST = 1e-6  # the least temperature above zero
-_MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_STREAM_CODES, _STREAM_NOISE = 0, 1
 
 GuidanceScale = float | tuple[float, float]
 
@@ -134,43 +132,19 @@ def resolve_seeds(seeds: int | Sequence[int] | Tensor | None, batch: int) -> lis
     return values
 
 
-def philox(key: Tensor, c0: Tensor, c1: Tensor, c2: int, c3: int = 0) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of a 64-bit key and the counter (c0, c1, c2, c3): four tensors of 32 bits."""
-    k0, k1 = key & _MASK, (key >> 32) & _MASK
-    x0, x1 = c0 + torch.zeros_like(c1), c1 + torch.zeros_like(c0)
-    x2, x3 = torch.full_like(x0, c2), torch.full_like(x0, c3)
-    for _ in range(10):
-        p0, p1 = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]  # low 64 bits; the sign is masked off
-        x0, x1, x2, x3 = (
-            ((p1 >> 32) & _MASK) ^ x1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ x3 ^ k1,
-            p0 & _MASK,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return x0, x1, x2, x3
-
-
-def _open_uniform(bits: Tensor) -> Tensor:
-    """fp32 in (0, 1), never 0 or 1: the middle of one of 2^23 cells."""
-    return ((bits >> 9).float() + 0.5) * 2.0**-23
-
-
-def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel noise `[B, n, V]` fp32 for seeds `[B]` int64 and code positions `[n]` int64."""
-    blocks = torch.arange(-(-vocab_size // 4), device=seeds.device)
-    bits = philox(seeds[:, None, None], blocks, positions[:, None], _STREAM_CODES)
-    uniform = _open_uniform(torch.stack(bits, dim=-1).flatten(-2))
-    return -torch.log(-torch.log(uniform[..., :vocab_size]))
-
-
 def image_noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal noise `[B, *shape]` fp32 for seeds `[B]` int64 (Box-Muller)."""
     count = math.prod(shape)
     blocks = torch.arange(-(-count // 4), device=seeds.device)
-    bits = philox(seeds[:, None], blocks, torch.zeros_like(blocks), _STREAM_NOISE)
-    u = [_open_uniform(b) for b in bits]
+    bits = philox(seeds[:, None], blocks, torch.zeros_like(blocks), STREAM_NOISE)
+    u = [open_uniform(b) for b in bits]
     radius = [torch.sqrt(-2 * torch.log(v)) for v in u[:2]]
     angle = [2 * math.pi * v for v in u[2:]]
     parts = [f(a) * r for r, a in zip(radius, angle, strict=True) for f in (torch.cos, torch.sin)]
     return torch.stack(parts, dim=-1).flatten(1)[:, :count].reshape(len(seeds), *shape)
+
+
+__all__ = [
+    "COLDEST", "LARGEST", "MAX_SEED", "GuidanceScale", "Sampling", "choose", "filter_logits",
+    "guide", "gumbel_noise", "image_noise", "philox", "resolve_seeds",
+]  # fmt: skip
