@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dar_fast.config import TokenizerConfig
-from dar_fast.models.layers import GatedBlock, Rotary, grid_angles, layer_norm
+from dar_fast.models.layers import NORM_EPS, GatedBlock, Rotary, grid_angles
+from dar_kernels import layer_norm
 
 
 class Encoder(nn.Module):
@@ -39,11 +40,13 @@ class Encoder(nn.Module):
         return mask
 
     def forward(self, images: Tensor) -> Tensor:
-        patches = layer_norm(self.patchify(images).flatten(2).transpose(1, 2))  # [B, P, D]
+        patches = layer_norm(
+            self.patchify(images).flatten(2).transpose(1, 2), eps=NORM_EPS
+        )  # [B, P, D]
         queries = self.query_linear(self.query_embedding.weight[: self.num_tokens])  # [N, D]
         queries = queries.to(patches.dtype).expand(len(images), -1, -1)
         x = torch.cat((patches, queries), dim=1)  # [B, P + N, D]
         tables, mask = self.rotary.tables(x.device), self.mask(x.device)
         for layer in self.layers:
             x = layer(x, tables, mask)
-        return layer_norm(x[:, -self.num_tokens :])
+        return layer_norm(x[:, -self.num_tokens :], eps=NORM_EPS)

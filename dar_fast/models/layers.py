@@ -6,18 +6,66 @@ Source: arXiv 2505.23660, §3.1; RoPE from Su et al. (2021), interleaved pairs.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dar_kernels import (
+    Activation,
+    PackedWeight,
+    layer_norm,
+    linear,
+    normed_attention,
+    pack_weight,
+    packs,
+)
+
 NORM_EPS = 1e-6
 ROPE_BASE = 10_000.0
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm over the last dimension without scale or shift."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+class Linear(nn.Linear):
+    """nn.Linear that can keep its weight in the order of a CPU's bf16 products; see `pack`."""
+
+    packed: PackedWeight | None = None
+
+    @property
+    def operand(self) -> Tensor | PackedWeight:
+        """The weight as the ops take it: packed where it is and no gradients are asked for."""
+        return self.weight if self.packed is None or torch.is_grad_enabled() else self.packed
+
+    def forward(self, x: Tensor, activation: Activation = "none") -> Tensor:
+        return linear(x, self.operand, self.bias, activation)
+
+    def pack(self) -> None:
+        """Keep a reordered copy, as large as the weight, where products read it faster.
+
+        Training, loading and moving the module drop it; after any other change of the weight, pack
+        again.
+        """
+        self.packed = pack_weight(self.weight) if packs(self.weight) else None
+
+    def train(self, mode: bool = True) -> "Linear":
+        if mode:
+            self.packed = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **options: Any) -> "Linear":
+        self.packed = None
+        return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self.packed = None
+        super()._load_from_state_dict(*args, **options)
+
+
+def pack(module: nn.Module) -> None:
+    """Pack every `Linear` within `module` that it pays for: bf16 on a CPU, for sampling only."""
+    for part in module.modules():
+        if isinstance(part, Linear):
+            part.pack()
 
 
 def rope_angles(positions: Tensor, dim: int, base: float = ROPE_BASE) -> Tensor:
@@ -59,14 +107,6 @@ class Rotary:
         return self._tables[device]
 
 
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the interleaved pairs (0, 1), (2, 3), … of `x` `[..., N, Dh]`; fp32 inside."""
-    cos, sin = tables  # [N, Dh / 2]
-    even, odd = x.view(*x.shape[:-1], -1, 2).unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rotated.flatten(-2).to(x.dtype)
-
-
 class Attention(nn.Module):
     """Multi-head attention with per-head LayerNorm on q and k before the rotation.
 
@@ -76,40 +116,26 @@ class Attention(nn.Module):
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.k = Linear(dim, dim)
+        self.v = Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.q_norm = nn.LayerNorm(head_dim, eps=NORM_EPS)
         self.k_norm = nn.LayerNorm(head_dim, eps=NORM_EPS)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # [B, H, N, Dh]
 
-    def keys_values(
-        self, context: Tensor, tables: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, H, N, Dh]` of `context` `[B, N, D]`."""
-        k = self.k_norm(self._heads(self.k(context)))
-        if tables is not None:
-            k = rotate(k, tables)
-        return k, self._heads(self.v(context))
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, H, N, Dh]` of `context` `[B, N, D]`, the keys normed, unrotated."""
+        keys, values = self._heads(self.k(context)), self._heads(self.v(context))
+        return layer_norm(keys, self.k_norm.weight, self.k_norm.bias, NORM_EPS), values
 
-    def attend(
-        self,
-        x: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        tables: tuple[Tensor, Tensor] | None = None,
-        mask: Tensor | None = None,
-        causal: bool = False,
-    ) -> Tensor:
+    def attend(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention of `x` `[B, N, D]` over ready keys and values; `mask`: where a query looks."""
-        q = self.q_norm(self._heads(self.q(x)))
-        if tables is not None:
-            q = rotate(q, tables)
+        q = layer_norm(self._heads(self.q(x)), self.q_norm.weight, self.q_norm.bias, NORM_EPS)
         y = F.scaled_dot_product_attention(
-            q.to(values.dtype), keys.to(values.dtype), values, attn_mask=mask, is_causal=causal
+            q.to(values.dtype), keys.to(values.dtype), values, attn_mask=mask
         )
         return self.proj(y.transpose(1, 2).flatten(2))
 
@@ -120,8 +146,12 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         causal: bool = False,
     ) -> Tensor:
-        keys, values = self.keys_values(x, tables)
-        return self.attend(x, keys, values, tables, mask, causal)
+        y = normed_attention(
+            self.q(x), self.k(x), self.v(x),
+            self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias,
+            *(tables or (None, None)), mask=mask, causal=causal,
+        )  # fmt: skip
+        return self.proj(y)
 
 
 class MLP(nn.Module):
@@ -129,11 +159,11 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
+        self.fc1 = Linear(dim, 4 * dim)
+        self.fc2 = Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1(x)))
+        return self.fc2(self.fc1(x, "silu"))
 
 
 class GatedBlock(nn.Module):
@@ -158,14 +188,18 @@ class GatedBlock(nn.Module):
         mask: Tensor | None = None,
         causal: bool = False,
     ) -> Tensor:
-        x = x + self.gate1 * self.attention(self.norm1(x), tables, mask, causal)
-        return x + self.gate2 * self.mlp(self.norm2(x))
+        x = x + self.gate1 * self.attention(self._norm(self.norm1, x), tables, mask, causal)
+        return x + self.gate2 * self.mlp(self._norm(self.norm2, x))
+
+    @staticmethod
+    def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+        return layer_norm(x, norm.weight, norm.bias, NORM_EPS)
 
     def extend(
         self, x: Tensor, cache: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Causal pass of the new tokens `x` `[B, n, D]` behind a cache of keys and values."""
-        normed = self.norm1(x)
+        normed = self._norm(self.norm1, x)
         keys, values = self.attention.keys_values(normed)
         n = x.shape[1]
         past = 0
@@ -174,4 +208,4 @@ class GatedBlock(nn.Module):
             keys, values = torch.cat((cache[0], keys), 2), torch.cat((cache[1], values), 2)
         mask = torch.ones(n, past + n, dtype=torch.bool, device=x.device).tril(past)
         x = x + self.gate1 * self.attention.attend(normed, keys, values, mask=mask)
-        return x + self.gate2 * self.mlp(self.norm2(x)), (keys, values)
+        return x + self.gate2 * self.mlp(self._norm(self.norm2, x)), (keys, values)

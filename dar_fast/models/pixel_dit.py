@@ -10,24 +10,33 @@ Compute bound: 40 D^2 FLOPs a patch and block beside attention. Source: arXiv 25
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_fast.config import PixelDiTConfig
-from dar_fast.models.layers import MLP, Attention, Rotary, grid_angles, layer_norm
+from dar_fast.models.layers import MLP, NORM_EPS, Attention, Linear, Rotary, grid_angles
+from dar_kernels import (
+    absorb_output,
+    adaln_cross_attention,
+    adaln_modulate,
+    gate_residual_modulate,
+    layer_norm,
+)
 
 TIME_PERIOD = 10_000.0
 TIME_SCALE = 1000.0
 REPA_GRID, REPA_HIDDEN, REPA_DIM = 16, 2048, 768
 
 
-class Modulation(NamedTuple):
-    shift: Tensor
-    scale: Tensor
-    gate: Tensor
+class BlockCondition(NamedTuple):
+    """What a block reads of a group's condition tokens and of the time."""
+
+    keys: Tensor  # [B, H, Q, Dh], normed
+    values_out: Tensor  # [B, H, Q, D], the output projection absorbed
+    time: Tensor  # [B, D]
 
 
 class Velocity(NamedTuple):
@@ -45,11 +54,6 @@ def time_features(t: Tensor, channels: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def modulate(x: Tensor, m: Modulation) -> Tensor:
-    """LN(x)(1 + scale) + shift."""
-    return layer_norm(x) * (1 + m.scale) + m.shift
-
-
 class DiTBlock(nn.Module):
     """One block of width D; its modulation is a function of time, patch and condition."""
 
@@ -58,25 +62,30 @@ class DiTBlock(nn.Module):
         self.attention = Attention(dim, head_dim)
         self.cross_attention = Attention(dim, head_dim)
         self.mlp = MLP(dim)
-        self.modulation = nn.Linear(dim, 6 * dim)
+        self.modulation = Linear(dim, 6 * dim)
         self.time_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.cond_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def modulations(
-        self, x: Tensor, features: Tensor, cond: Tensor, tables: tuple[Tensor, Tensor]
-    ) -> tuple[Modulation, Modulation]:
-        """Modulations of the attention and of the MLP branch, each `[B, P, D]` three times."""
-        keys, values = self.cross_attention.keys_values(layer_norm(self.cond_embed(cond)))
-        s = self.cross_attention.attend(layer_norm(x), keys, values, tables)
-        m = self.modulation(F.silu(self.time_embed(features)[:, None] + s)).chunk(6, dim=-1)
-        return Modulation(*m[:3]), Modulation(*m[3:])
+    def condition(self, features: Tensor, cond: Tensor) -> BlockCondition:
+        """What this block reads of time features `[B, D]` and a group's tokens `[B, Q, D]`."""
+        cross = self.cross_attention
+        keys, values = cross.keys_values(layer_norm(self.cond_embed(cond), eps=NORM_EPS))
+        return BlockCondition(
+            keys, absorb_output(values, cross.proj.weight), self.time_embed(features)
+        )
 
     def forward(
-        self, x: Tensor, features: Tensor, cond: Tensor, tables: tuple[Tensor, Tensor]
+        self, x: Tensor, condition: BlockCondition, tables: tuple[Tensor, Tensor]
     ) -> Tensor:
-        attention, mlp = self.modulations(x, features, cond, tables)
-        x = x + attention.gate * self.attention(modulate(x, attention), tables)
-        return x + mlp.gate * self.mlp(modulate(x, mlp))
+        cross = self.cross_attention
+        features = adaln_cross_attention(
+            x, cross.q.operand, cross.q.bias, cross.q_norm.weight, cross.q_norm.bias,
+            condition.keys, condition.values_out, cross.proj.bias, condition.time, *tables,
+        )  # fmt: skip
+        m = adaln_modulate(x, features, self.modulation.operand, self.modulation.bias)
+        y = self.attention(m.modulated, tables)
+        x, normed = gate_residual_modulate(x, y, m.gate_a, m.shift_m, m.scale_m)
+        return torch.addcmul(x, m.gate_m, self.mlp(normed).to(x.dtype))
 
 
 class PixelDiT(nn.Module):
@@ -87,8 +96,8 @@ class PixelDiT(nn.Module):
         D, P = config.dim, config.patch_size
         self.patch_size, self.grid, self.repa_layer = P, image_size // P, config.repa_layer
         self.cond_mlp = nn.Linear(cond_dim, D)
-        self.conv_in = nn.Linear(3 * P * P, D)
-        self.conv_out = nn.Linear(D, 3 * P * P)
+        self.conv_in = Linear(3 * P * P, D)
+        self.conv_out = Linear(D, 3 * P * P)
         self.blocks = nn.ModuleList(DiTBlock(D, config.head_dim) for _ in range(config.depth))
         self.rotary = Rotary(partial(grid_angles, self.grid, self.grid, config.head_dim, 0))
         if config.repa_layer is not None:
@@ -118,13 +127,15 @@ class PixelDiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor, *, align: bool = False) -> Velocity:
         """Velocity at noisy images `x` `[B, 3, R, R]`, times `t` `[B]`, conditions `[B, Q, D]`."""
-        cond = layer_norm(self.cond_mlp(cond))
+        cond = layer_norm(self.cond_mlp(cond), eps=NORM_EPS)
         features = time_features(t, cond.shape[-1]).to(cond.dtype)
         tables = self.rotary.tables(x.device)
         x = self.conv_in(self.patchify(x))
         alignment = None
-        for i, block in enumerate(self.blocks):
+        for i, module in enumerate(self.blocks):
             if align and i == self.repa_layer:
                 alignment = self.align(x)
-            x = block(x, features, cond, tables)
-        return Velocity(self.unpatchify(self.conv_out(layer_norm(x))), alignment)
+            block = cast(DiTBlock, module)
+            x = block(x, block.condition(features, cond), tables)
+        x = self.conv_out(layer_norm(x, eps=NORM_EPS))
+        return Velocity(self.unpatchify(x), alignment)

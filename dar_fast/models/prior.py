@@ -12,15 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_fast.config import PriorConfig
-from dar_fast.models.layers import Rotary, rope_angles, rotate
-from dar_fast.sampling import (
-    GuidanceScale,
-    Sampling,
-    choose,
-    guide,
-    gumbel_noise,
-    resolve_seeds,
-)
+from dar_fast.models.layers import Rotary, rope_angles
+from dar_fast.sampling import GuidanceScale, Sampling, resolve_seeds
+from dar_kernels import NormedResidual, guided_sample, rms_norm_residual, rope_2d, swiglu
 
 INIT_STD = 0.02
 
@@ -43,17 +37,16 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """x rsqrt(mean x^2 + eps), in fp32, cast back, then times the scale."""
+    """The scale of x rsqrt(mean x^2 + eps), which `rms_norm_residual` computes."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> NormedResidual:
+        """Norm of the residual stream `x` plus a branch `delta`, and that sum."""
+        return rms_norm_residual(x, delta, self.weight, self.eps)
 
 
 def line_angles(num_tokens: int, head_dim: int, base: float, device: torch.device) -> Tensor:
@@ -82,7 +75,7 @@ class PriorAttention(nn.Module):
             .transpose(1, 2)
             .split((H, Hkv, Hkv), dim=1)
         )  # [B, H, n, Dh]
-        q, k = rotate(q, tables), rotate(k, tables)
+        q, k = rope_2d(q, *tables), rope_2d(k, *tables)
         n, mask = x.shape[1], None
         if cache is not None:
             past = cache.length
@@ -103,7 +96,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(swiglu(self.gate(x), self.up(x)))
 
 
 class PriorBlock(nn.Module):
@@ -116,10 +109,18 @@ class PriorBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, layer: int
-    ) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), tables, cache, layer))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        tables: tuple[Tensor, Tensor],
+        cache: KVCache | None,
+        layer: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream, and the last branch, which the next norm adds to it."""
+        normed, x = self.attention_norm(x, delta)
+        delta = self.dropout(self.attention(normed, tables, cache, layer))
+        normed, x = self.mlp_norm(x, delta)
+        return x, self.dropout(self.mlp(normed))
 
 
 class Prior(nn.Module):
@@ -156,12 +157,12 @@ class Prior(nn.Module):
         start = cache.length if cache is not None else 0
         end = start + x.shape[1]
         cos, sin = self.rotary.tables(x.device)
-        x = self.dropout(x)
+        x, delta = self.dropout(x), None
         for i, layer in enumerate(self.layers):
-            x = layer(x, (cos[start:end], sin[start:end]), cache, i)
+            x, delta = layer(x, delta, (cos[start:end], sin[start:end]), cache, i)
         if cache is not None:
             cache.length = end
-        return self.norm(x)
+        return self.norm(x, delta).normed
 
     def embed(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Inputs `[B, 1 + n, D]`: the class, then codes `[B, n]`."""
@@ -271,20 +272,14 @@ class Prior(nn.Module):
         cache = KVCache(self.config, len(classes), device, self.head.weight.dtype)
         x = self.embed(rows(prefix), classes)
         pending = [prefix[:, i] for i in range(P)]
-        noise: Tensor | None = None
         for p in range(N):
             if p >= P:
-                if sampling.temperature > 0 and (noise is None or p % chunk == 0):
-                    last = p - p % chunk + chunk
-                    noise = gumbel_noise(
-                        keys, torch.arange(p, last, device=device), self.config.vocab_size
-                    )
-                    first = p
                 logits = self.head(self.hidden(x, cache)[:, -1]).float()  # [rows, V]
-                if guided:
-                    cond, uncond = logits.chunk(2)
-                    logits = guide(cond, uncond, scales[p]) if scales[p] > 1 else cond
-                code = choose(logits, None if noise is None else noise[:, p - first], sampling)
+                cond, uncond = logits.chunk(2) if guided else (logits, None)
+                code = guided_sample(
+                    cond, uncond, keys, torch.full_like(keys, p), guidance_scale=scales[p],
+                    temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
+                )  # fmt: skip
                 x = self.token_embedding(rows(code))[:, None]
                 pending.append(code)
             if (p + 1) % chunk == 0:

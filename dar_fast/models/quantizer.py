@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_fast.config import TokenizerConfig
-from dar_kernels import vq_nearest
+from dar_kernels import vq_losses, vq_nearest
 
 COMMITMENT = 0.25
 
@@ -46,16 +46,17 @@ class Quantizer(nn.Module):
         for the first steps of a training run, before a codebook is worth having.
         """
         codes = self.nearest(z)
-        z = F.normalize(z.float(), dim=-1)
         if noise is not None:
-            free = z.new_zeros(codes.shape)
-            return Quantized(codes, F.normalize(z + noise, dim=-1), free, free)
-        e = F.normalize(F.embedding(codes, self.codebook).float(), dim=-1)
+            free = torch.zeros_like(codes, dtype=torch.float32)
+            return Quantized(
+                codes, F.normalize(F.normalize(z.float(), dim=-1) + noise, dim=-1), free, free
+            )
+        rows, codebook = z.flatten(0, 1).float(), self.codebook.float()
+        losses = vq_losses(rows, codebook, codes.flatten(), commitment=COMMITMENT)
         return Quantized(
             codes,
-            z + (e - z).detach(),
-            (e - z.detach()).square().mean(-1),
-            COMMITMENT * (e.detach() - z).square().mean(-1),
+            losses.embedding.view(z.shape),
+            *(loss.view(codes.shape) for loss in (losses.vq, losses.commit)),
         )
 
     def embed(self, codes: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from dar_fast.config import TokenizerConfig
-from dar_fast.models.layers import GatedBlock, layer_norm
+from dar_fast.models.layers import NORM_EPS, GatedBlock
+from dar_kernels import layer_norm
 
 TokenCache = list[tuple[Tensor, Tensor]]  # keys and values [B, H, n, Dh] of every layer
 
@@ -28,7 +29,7 @@ class TokenDecoder(nn.Module):
         x = x + self.position_embedding.weight[: x.shape[1]]
         for layer in self.layers:
             x = layer(x, causal=True)
-        return layer_norm(x)
+        return layer_norm(x, eps=NORM_EPS)
 
     def extend(self, x: Tensor, cache: TokenCache | None = None) -> tuple[Tensor, TokenCache]:
         """Conditions `[B, n, D]` of the next n tokens, and the cache grown by them."""
@@ -38,4 +39,4 @@ class TokenDecoder(nn.Module):
         for i, layer in enumerate(self.layers):
             x, entry = cast(GatedBlock, layer).extend(x, cache[i] if cache else None)
             grown.append(entry)
-        return layer_norm(x), grown
+        return layer_norm(x, eps=NORM_EPS), grown

@@ -1,11 +1,59 @@
 """dar_kernels: the ops of dar_fast, one a file; they know nothing of models."""
 
+from dar_kernels.adaln_cross_attention import OP as _ADALN_CROSS_ATTENTION
+from dar_kernels.adaln_cross_attention import absorb_output, adaln_cross_attention
+from dar_kernels.adaln_modulate import OP as _ADALN_MODULATE
+from dar_kernels.adaln_modulate import AdaLNModulate, adaln_modulate
 from dar_kernels.dispatch import Choice, UnavailableError, prefer
 from dar_kernels.dispatch import report as _report
+from dar_kernels.gate_residual_modulate import OP as _GATE_RESIDUAL_MODULATE
+from dar_kernels.gate_residual_modulate import GateResidual, gate_residual_modulate
+from dar_kernels.guided_sample import OP as _GUIDED_SAMPLE
+from dar_kernels.guided_sample import guided_sample
+from dar_kernels.layer_norm import OP as _LAYER_NORM
+from dar_kernels.layer_norm import layer_norm
+from dar_kernels.layer_norm_modulate import OP as _LAYER_NORM_MODULATE
+from dar_kernels.layer_norm_modulate import layer_norm_modulate
+from dar_kernels.linear import Activation, PackedWeight, linear, pack_weight, packs
+from dar_kernels.linear_decode import OP as _LINEAR_DECODE
+from dar_kernels.linear_decode import linear_decode
+from dar_kernels.linear_decode_swiglu import OP as _LINEAR_DECODE_SWIGLU
+from dar_kernels.linear_decode_swiglu import linear_decode_swiglu
+from dar_kernels.normed_attention import OP as _NORMED_ATTENTION
+from dar_kernels.normed_attention import normed_attention
+from dar_kernels.paged_attention import OP as _PAGED_ATTENTION
+from dar_kernels.paged_attention import paged_attention
+from dar_kernels.qkv_rope_append import OP as _QKV_ROPE_APPEND
+from dar_kernels.qkv_rope_append import qkv_rope_append
+from dar_kernels.rms_norm_residual import OP as _RMS_NORM_RESIDUAL
+from dar_kernels.rms_norm_residual import NormedResidual, rms_norm_residual
+from dar_kernels.rope_2d import OP as _ROPE_2D
+from dar_kernels.rope_2d import rope_2d
+from dar_kernels.swiglu import OP as _SWIGLU
+from dar_kernels.swiglu import swiglu
+from dar_kernels.vq_losses import OP as _VQ_LOSSES
+from dar_kernels.vq_losses import VQLosses, vq_losses
 from dar_kernels.vq_nearest import OP as _VQ_NEAREST
 from dar_kernels.vq_nearest import vq_nearest
 
-OPS = (_VQ_NEAREST,)
+OPS = (
+    _ADALN_CROSS_ATTENTION,
+    _ADALN_MODULATE,
+    _GATE_RESIDUAL_MODULATE,
+    _GUIDED_SAMPLE,
+    _LAYER_NORM,
+    _LAYER_NORM_MODULATE,
+    _LINEAR_DECODE,
+    _LINEAR_DECODE_SWIGLU,
+    _NORMED_ATTENTION,
+    _PAGED_ATTENTION,
+    _QKV_ROPE_APPEND,
+    _RMS_NORM_RESIDUAL,
+    _ROPE_2D,
+    _SWIGLU,
+    _VQ_LOSSES,
+    _VQ_NEAREST,
+)
 
 
 def report(devices: tuple[str, ...] = ("cpu", "cuda")) -> dict[str, dict[str, Choice]]:
@@ -13,4 +61,36 @@ def report(devices: tuple[str, ...] = ("cpu", "cuda")) -> dict[str, dict[str, Ch
     return _report(OPS, devices)
 
 
-__all__ = ["OPS", "Choice", "UnavailableError", "prefer", "report", "vq_nearest"]
+__all__ = [
+    "OPS",
+    "Activation",
+    "AdaLNModulate",
+    "Choice",
+    "GateResidual",
+    "NormedResidual",
+    "PackedWeight",
+    "UnavailableError",
+    "VQLosses",
+    "absorb_output",
+    "adaln_cross_attention",
+    "adaln_modulate",
+    "gate_residual_modulate",
+    "guided_sample",
+    "layer_norm",
+    "layer_norm_modulate",
+    "linear",
+    "linear_decode",
+    "linear_decode_swiglu",
+    "normed_attention",
+    "pack_weight",
+    "packs",
+    "paged_attention",
+    "prefer",
+    "qkv_rope_append",
+    "report",
+    "rms_norm_residual",
+    "rope_2d",
+    "swiglu",
+    "vq_losses",
+    "vq_nearest",
+]

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dar_kernels import modulate_native
 from dar_kernels.aot import DenoiserShape, Shape, Variant
-from dar_kernels.dispatch import Implementation, Op
+from dar_kernels.dispatch import Implementation, Op, needs_grad
 from dar_kernels.layer_norm_rows import (
     EPS,
     as_rows,
@@ -183,6 +184,7 @@ OP = Op(
             dtypes=TRITON_DTYPES,
             missing=missing,
         ),
+        modulate_native.implementation(modulate_native.gate_residual_modulate),
         Implementation(name="torch", run=gate_residual_modulate_ref),
     ),
 )
@@ -224,7 +226,8 @@ def gate_residual_modulate(
         y, gate: `[B, N, D]`, of the dtype and on the device of `x`.
         shift, scale: the same, or both None: the plain norm. All may be chunks of a wider tensor:
             what one row stride can express is not copied.
-        implementation: `triton` (CUDA, not fp64) or `torch`; None: the first that can run.
+        implementation: `triton` (CUDA, not fp64), `native` (CPU, fp32 and bf16, without gradients)
+            or `torch`; None: the first that can run.
 
     Returns:
         residual and modulated, in the dtype of `x`. Differentiable. Under autocast `triton` runs in
@@ -242,8 +245,12 @@ def gate_residual_modulate(
             f"gate_residual_modulate: expected shift and scale or neither, got {list(modulation)}"
         )
     check_alike("gate_residual_modulate", x, y=y, gate=gate, **modulation)
-    if OP.pick(x.device.type, x.dtype, implementation) == "torch":
+    grad = needs_grad(x, y, gate, shift, scale) or modulate_native.blocked(x.device.type)
+    chosen = OP.pick(x.device.type, x.dtype, implementation, grad)
+    if chosen == "torch":
         return gate_residual_modulate_ref(x, y, gate, shift, scale)
+    if chosen == "native":
+        return GateResidual(*modulate_native.gate_residual_modulate(x, y, gate, shift, scale))
     x, y, gate = lowered(x, y, gate)
     if shift is not None and scale is not None:
         shift, scale = lowered(shift, scale)

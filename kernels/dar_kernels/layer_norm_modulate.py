@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dar_kernels import modulate_native
 from dar_kernels.aot import DenoiserShape, Shape, Variant
-from dar_kernels.dispatch import Implementation, Op
+from dar_kernels.dispatch import Implementation, Op, needs_grad
 from dar_kernels.layer_norm_rows import (
     EPS,
     as_rows,
@@ -137,6 +138,7 @@ OP = Op(
             dtypes=TRITON_DTYPES,
             missing=missing,
         ),
+        modulate_native.implementation(modulate_native.modulate),
         Implementation(name="torch", run=layer_norm_modulate_ref),
     ),
 )
@@ -178,7 +180,8 @@ def layer_norm_modulate(
         x: `[B, N, D]`, floating point, 1 ≤ D ≤ 16384.
         shift, scale: `[B, N, D]`, of the dtype and on the device of `x`. All three may be chunks of
             a wider tensor: what one row stride can express is not copied.
-        implementation: `triton` (CUDA, not fp64) or `torch`; None: the first that can run.
+        implementation: `triton` (CUDA, not fp64), `native` (CPU, fp32 and bf16, without gradients)
+            or `torch`; None: the first that can run.
 
     Returns:
         `[B, N, D]`, contiguous, in the dtype of `x`. Differentiable. Under autocast `triton` runs
@@ -190,6 +193,10 @@ def layer_norm_modulate(
         UnavailableError: where the named implementation cannot run here.
     """
     check_alike("layer_norm_modulate", x, shift=shift, scale=scale)
-    if OP.pick(x.device.type, x.dtype, implementation) == "torch":
+    grad = needs_grad(x, shift, scale) or modulate_native.blocked(x.device.type)
+    chosen = OP.pick(x.device.type, x.dtype, implementation, grad)
+    if chosen == "torch":
         return layer_norm_modulate_ref(x, shift, scale)
+    if chosen == "native":
+        return modulate_native.modulate(x, shift, scale)
     return _layer_norm_modulate(*lowered(x, shift, scale))

@@ -13,15 +13,23 @@ DTYPES = (*TRITON_DTYPES, torch.float64)
 
 
 @triton.jit
-def normalise_row(x, mask, D, eps):
-    """One fp32 row, 0 outside `mask`: the normalised row, 0 there too, and 1 / deviation.
+def row_statistics(x, mask, D, eps):
+    """Mean of an fp32 row in two parts, and 1 / deviation; `x` is 0 outside `mask`.
 
-    `left` is the rounding of the mean, which at 100 deviations from 0 would be the largest error.
+    The second part is the rounding of the first, which at 100 deviations from 0 would be the
+    largest error of all.
     """
-    centred = tl.where(mask, x - tl.sum(x, 0) / D, 0.0)
+    mean = tl.sum(x, 0) / D
+    centred = tl.where(mask, x - mean, 0.0)
     left = tl.sum(centred, 0) / D
-    rstd = tl.rsqrt(tl.sum(centred * centred, 0) / D - left * left + eps)
-    return tl.where(mask, (centred - left) * rstd, 0.0), rstd
+    return mean, left, tl.rsqrt(tl.sum(centred * centred, 0) / D - left * left + eps)
+
+
+@triton.jit
+def normalise_row(x, mask, D, eps):
+    """The normalised row, 0 outside `mask` as `x` is, and 1 / deviation."""
+    mean, left, rstd = row_statistics(x, mask, D, eps)
+    return tl.where(mask, (x - mean - left) * rstd, 0.0), rstd
 
 
 @triton.jit
@@ -46,24 +54,33 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def check_alike(op: str, x: Tensor, **others: Tensor) -> None:
-    """Refuse `x` unless `[B, N, D]`, and the others unless like it; autocast may mix dtypes."""
-    for name, tensor in (("x", x), *others.items()):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: expected {name} a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{op}: expected {name} in one of {DTYPES}, got {tensor.dtype}")
+    """Refuse `x` unless `[B, N, D]` of floating point, and the others unless like it."""
+    _check_floating(op, "x", x)
     if x.ndim != 3 or not 1 <= x.shape[-1] <= MAX_DIM:
         raise ValueError(f"{op}: expected x [B, N, 1 <= D <= {MAX_DIM}], got {list(x.shape)}")
-    mixed = torch.is_autocast_enabled(x.device.type)
     for name, tensor in others.items():
-        if tensor.shape != x.shape:
-            raise ValueError(
-                f"{op}: expected {name} {list(x.shape)} like x, got {list(tensor.shape)}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: expected {name} on {x.device}, got {tensor.device}")
-        if tensor.dtype != x.dtype and not mixed:
-            raise TypeError(f"{op}: expected {name} in {x.dtype}, got {tensor.dtype}")
+        check_tensor(op, name, tensor, tuple(x.shape), x)
+
+
+def check_tensor(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """Refuse the tensor unless of this shape and on the device and in the dtype of `x`.
+
+    Autocast may mix dtypes.
+    """
+    _check_floating(op, name, tensor)
+    if tensor.shape != shape:
+        raise ValueError(f"{op}: expected {name} {list(shape)}, got {list(tensor.shape)}")
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: expected {name} on {x.device}, got {tensor.device}")
+    if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{op}: expected {name} in {x.dtype}, got {tensor.dtype}")
+
+
+def _check_floating(op: str, name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: expected {name} a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{op}: expected {name} in one of {DTYPES}, got {tensor.dtype}")
 
 
 def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -3,14 +3,36 @@
 Each is one pass over rows that stay in the first-level cache; fp32 and bf16, sums in fp32.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from dar_kernels import native
+from dar_kernels.dispatch import Implementation
 from dar_kernels.linear import PackedWeight, linear
 from dar_kernels.triton_support import contiguous_last
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 EPS = 1e-6
+
+
+def implementation(run: Callable[..., Any]) -> Implementation[..., Any]:
+    """One of the functions below as an op's `native`."""
+    return Implementation(
+        name="native",
+        run=run,
+        devices=("cpu",),
+        dtypes=NATIVE_DTYPES,
+        backward=False,
+        missing=native.missing,
+    )
+
+
+def blocked(device: str) -> bool:
+    """Whether a graph is being traced or autocast is on: the C++ takes tensors as they are."""
+    return torch.compiler.is_compiling() or torch.is_autocast_enabled(device)
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -70,8 +92,8 @@ def adaln_cross_attention(
 ) -> Tensor:
     """silu(time + attention of LN(x) over the group's keys), the output projection in the values.
 
-    Two products by the library, three passes over rows: LN, the key weights `[B, N, H·Q]` with norm,
-    rotation and softmax, and the sum under SiLU.
+    Two products by the library, three passes over rows: LN, the key weights `[B, N, H·Q]` with
+    norm, rotation and softmax, and the sum under SiLU.
     """
     from dar_kernels import _native
 
@@ -82,8 +104,8 @@ def adaln_cross_attention(
     weights = torch.empty((B, N, H * Q), dtype=x.dtype)
     norm = [w.detach().to(x.dtype).contiguous() for w in (q_norm_weight, q_norm_bias)]
     _native.key_weights(
-        q, norm[0], norm[1], cos.contiguous(), sin.contiguous(), keys.detach().contiguous(), weights, EPS,
-        threads, isa,
+        q, norm[0], norm[1], cos.contiguous(), sin.contiguous(), keys.detach().contiguous(),
+        weights, EPS, threads, isa,
     )  # fmt: skip
     s = torch.bmm(weights, values_out.detach().reshape(B, H * Q, D))
     out = torch.empty_like(s)

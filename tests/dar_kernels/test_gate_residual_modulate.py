@@ -125,7 +125,7 @@ def test_bad_input_is_named():
         gate_residual_modulate(x, y, gate.bfloat16(), shift, scale)
     with pytest.raises(ValueError, match=r"expected x \[B, N, .*\], got \[3, 8\]"):
         gate_residual_modulate(x[0], y, gate, shift, scale)
-    with pytest.raises(ValueError, match=r"expected y \[2, 3, 8\] like x, got \[2, 3, 7\]"):
+    with pytest.raises(ValueError, match=r"expected y \[2, 3, 8\], got \[2, 3, 7\]"):
         gate_residual_modulate(x, y[..., 1:], gate, shift, scale)
     with pytest.raises(ValueError, match=r"expected scale on .*, got meta"):
         gate_residual_modulate(x, y, gate, shift, scale.to("meta"))

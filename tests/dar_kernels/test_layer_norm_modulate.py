@@ -129,7 +129,7 @@ def test_bad_input_is_named():
         layer_norm_modulate(x[0], shift[0], scale[0])
     with pytest.raises(ValueError, match=rf"D <= {MAX_DIM}\], got \[1, 1, {MAX_DIM + 1}\]"):
         layer_norm_modulate(*torch.ones(3, 1, 1, MAX_DIM + 1))
-    with pytest.raises(ValueError, match=r"expected shift \[2, 3, 8\] like x, got \[2, 1, 8\]"):
+    with pytest.raises(ValueError, match=r"expected shift \[2, 3, 8\], got \[2, 1, 8\]"):
         layer_norm_modulate(x, shift[:, :1], scale)
     with pytest.raises(ValueError, match=r"expected scale on .*, got meta"):
         layer_norm_modulate(x, shift, scale.to("meta"))

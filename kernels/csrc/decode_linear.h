@@ -1,0 +1,131 @@
+// Products of a few rows with a matrix that streams from memory: four rows of the matrix side by side, each read once
+// for all rows of the batch. P says how weights of one type meet activations:
+//   Weight, Vector (STEP weights), Row (STEP activations), Sum; ROWS: rows of the batch at a time;
+//   load, load_part (zeros behind n), row, add, finish (four sums to four results).
+#pragma once
+
+#include "decode_kernels.h"
+
+namespace dar::decode {
+namespace {
+
+// n < LANES elements, zeros behind them.
+template <typename V, typename T> typename V::Float load_part(const T *p, int64_t n) {
+    T part[V::LANES] = {};
+    for (int64_t i = 0; i < n; ++i)
+        part[i] = p[i];
+    return V::load(part);
+}
+
+// Weights of any type, converted as they are loaded; activations in fp32.
+template <typename V, typename T> struct Wide {
+    using Weight = T;
+    using Vector = typename V::Float;
+    using Row = typename V::Float;
+    using Sum = typename V::Float;
+    static constexpr int64_t STEP = V::LANES, BYTES = sizeof(float);
+    static constexpr int ROWS = V::TILE_ROWS;
+
+    static Sum zero() { return V::set(0.0F); }
+    static Vector load(const T *p) { return V::load(p); }
+    static Vector load_part(const T *p, int64_t n) { return dar::decode::load_part<V>(p, n); }
+    static Row row(const char *p) { return V::load(reinterpret_cast<const float *>(p)); }
+    static void add(Sum &sum, Vector w, Row x) { sum = V::fma(w, x, sum); }
+    static void finish(const Sum *sum, const Weights &w, const int64_t *o, float, float *y) {
+        V::sum4(sum, y);
+        if (w.scale != nullptr)
+            for (int i = 0; i < OUTPUTS; ++i)
+                y[i] *= w.scale[o[i]];
+    }
+    static void prepare(const float *x, int64_t K, void *out, float *) {
+        float *y = static_cast<float *>(out);
+        __builtin_memcpy(y, x, static_cast<size_t>(K) * sizeof(float));
+        __builtin_memset(y + K, 0, static_cast<size_t>(padded(K) - K) * sizeof(float));
+    }
+};
+
+template <typename P> struct Tile {
+    const typename P::Weight *w[OUTPUTS];
+    int64_t o[OUTPUTS];
+    int64_t count; // of w; those behind repeat the last
+
+    Tile(const Weights &weights, int64_t first, int64_t last) : count(last - first < OUTPUTS ? last - first : OUTPUTS) {
+        for (int64_t i = 0; i < OUTPUTS; ++i) {
+            o[i] = first + (i < count ? i : count - 1);
+            w[i] = static_cast<const typename P::Weight *>(weights.data) + o[i] * weights.K;
+        }
+    }
+};
+
+// ROWS rows of the batch, from `row` on. `ahead` is how many weights further to prefetch.
+template <typename P, int ROWS>
+inline void multiply(
+    const Weights &weights,
+    const Tile<P> &tile,
+    int64_t ahead,
+    const Rows &rows,
+    int64_t row,
+    float *out,
+    int64_t stride,
+    bool add
+) {
+    typename P::Sum sum[ROWS][OUTPUTS];
+    for (int r = 0; r < ROWS; ++r)
+        for (int i = 0; i < OUTPUTS; ++i)
+            sum[r][i] = P::zero();
+    const char *x = rows.data + row * rows.stride;
+    int64_t k = 0;
+    for (; k + P::STEP <= weights.K; k += P::STEP, x += P::STEP * P::BYTES) {
+        typename P::Vector w[OUTPUTS];
+        for (int i = 0; i < OUTPUTS; ++i) {
+            w[i] = P::load(tile.w[i] + k);
+            __builtin_prefetch(tile.w[i] + k + ahead);
+        }
+        for (int r = 0; r < ROWS; ++r) {
+            const typename P::Row values = P::row(x + r * rows.stride);
+            for (int i = 0; i < OUTPUTS; ++i)
+                P::add(sum[r][i], w[i], values);
+        }
+    }
+    if (k < weights.K) {
+        typename P::Vector w[OUTPUTS];
+        for (int i = 0; i < OUTPUTS; ++i)
+            w[i] = P::load_part(tile.w[i] + k, weights.K - k);
+        for (int r = 0; r < ROWS; ++r) {
+            const typename P::Row values = P::row(x + r * rows.stride);
+            for (int i = 0; i < OUTPUTS; ++i)
+                P::add(sum[r][i], w[i], values);
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        float y[OUTPUTS];
+        P::finish(sum[r], weights, tile.o, rows.scale == nullptr ? 1.0F : rows.scale[row + r], y);
+        float *to = out + (row + r) * stride + tile.o[0];
+        for (int64_t i = 0; i < tile.count; ++i)
+            to[i] = add ? to[i] + y[i] : y[i];
+    }
+}
+
+template <typename P>
+void products(
+    const Weights &w, int64_t first, int64_t last, const Rows &rows, int64_t count, float *out, int64_t stride, bool add
+) {
+    for (int64_t o = first; o < last; o += OUTPUTS) {
+        const Tile<P> tile(w, o, last);
+        int64_t ahead = OUTPUTS * w.K; // the next four rows come from memory while these are multiplied
+        int64_t r = 0;
+        for (; r + P::ROWS <= count; r += P::ROWS, ahead = 0)
+            multiply<P, P::ROWS>(w, tile, ahead, rows, r, out, stride, add);
+        if (P::ROWS > 3 && count - r == 3)
+            multiply < P, P::ROWS<3 ? 1 : 3>(w, tile, ahead, rows, r, out, stride, add);
+        else if (P::ROWS > 2 && count - r == 2)
+            multiply < P, P::ROWS<2 ? 1 : 2>(w, tile, ahead, rows, r, out, stride, add);
+        else if (count - r == 1)
+            multiply<P, 1>(w, tile, ahead, rows, r, out, stride, add);
+    }
+}
+
+template <typename P> constexpr Linear linear() { return {P::BYTES, P::prepare, products<P>}; }
+
+} // namespace
+} // namespace dar::decode

@@ -1,0 +1,309 @@
+"""Steps of a Llama decoder in one native call: embed a code, every layer, head, guided draw, again.
+
+x += Wo attention(RMSNorm x); x += W2 (silu(W1 h) * W3 h); logits at position p predict code p.
+Memory bound: a step reads every weight once for all rows, 2 bytes each in bf16 and 1 in int8, and
+4·R·layers·Hkv·Dh bytes of bf16 pages a token before it; 2·R FLOPs a weight. C++ in
+kernels/csrc/decode_step.cpp; CPU only.
+Source: REFERENCE §2; RoPE from Su et al. (2021), interleaved pairs; int8 products of activations
+in two planes of bytes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dar_kernels import native
+from dar_kernels.dispatch import UnavailableError
+from dar_kernels.quantize import quantize_weight
+
+PAGE = 32  # tokens of a page
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class LayerWeights(NamedTuple):
+    """Of one layer; norms `[D]`, products `[O, K]` as nn.Linear holds them."""
+
+    attention_norm: Tensor  # [D]
+    qkv: Tensor  # [(H + 2 Hkv) Dh, D]: q, k, v stacked
+    proj: Tensor  # [D, H Dh]
+    mlp_norm: Tensor  # [D]
+    gate: Tensor  # [F, D]
+    up: Tensor  # [F, D]
+    down: Tensor  # [D, F]
+
+    def products(self) -> tuple[Tensor, ...]:
+        """qkv, proj, gate, up, down."""
+        return self.qkv, self.proj, self.gate, self.up, self.down
+
+
+class DecoderWeights(NamedTuple):
+    """Of a decoder; cos and sin are fp32 `[N, Dh / 2]`, one row a position."""
+
+    layers: Sequence[LayerWeights]
+    norm: Tensor  # [D]
+    head: Tensor  # [V, D]
+    token_embedding: Tensor  # [V, D]
+    cos: Tensor
+    sin: Tensor
+    heads: int
+    kv_heads: int
+    eps: float = 1e-5
+
+    @property
+    def head_dim(self) -> int:
+        return 2 * self.cos.shape[1]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "DecoderWeights":
+        """Every tensor through `fn`."""
+        layers = [LayerWeights(*map(fn, layer)) for layer in self.layers]
+        return DecoderWeights(layers, *map(fn, self[1:6]), *self[6:])
+
+
+class Pages(NamedTuple):
+    """Keys and values of all layers, each `[layers, num_pages, Hkv, 32, Dh]`, fp32 or bf16."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def new_pages(weights: DecoderWeights, num_pages: int, dtype: torch.dtype) -> Pages:
+    """Pages of zeros on the device of the weights."""
+    shape = (len(weights.layers), num_pages, weights.kv_heads, PAGE, weights.head_dim)
+    keys = torch.zeros(shape, dtype=dtype, device=weights.norm.device)
+    return Pages(keys, torch.zeros_like(keys))
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Interleaved pairs of `x` `[R, heads, Dh]` by `cos` and `sin` `[R, Dh / 2]`."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+def decode_step_ref(
+    weights: DecoderWeights, x: Tensor, pages: Pages, block_table: Tensor, positions: Tensor
+) -> Tensor:
+    """One step in the dtype of its inputs, in fp64 the truth: logits `[R, V]` of inputs `[R, D]`.
+
+    Appends to `pages`. `block_table` `[R, max_pages]` and `positions` `[R]` are integers.
+    """
+    H, Hkv, Dh = weights.heads, weights.kv_heads, weights.head_dim
+    cos, sin = weights.cos[positions].to(x.dtype), weights.sin[positions].to(x.dtype)
+    page = block_table.gather(1, (positions // PAGE)[:, None].to(torch.int64)).squeeze(1)
+    longest = int(positions.max()) + 1
+    rows = torch.arange(longest, device=x.device)
+    mask = rows <= positions[:, None]  # [R, n]
+    table = block_table[:, : -(-longest // PAGE)].clamp_min(0)
+    for layer, keys, values in zip(weights.layers, *pages, strict=True):
+        qkv = _rms_norm(x, layer.attention_norm, weights.eps) @ layer.qkv.T
+        q, k, v = qkv.unflatten(-1, (-1, Dh)).split((H, Hkv, Hkv), dim=1)  # [R, heads, Dh]
+        keys[page, :, positions % PAGE] = _rotate(k, cos, sin).to(keys.dtype)
+        values[page, :, positions % PAGE] = v.to(values.dtype)
+        k, v = (
+            p[table].to(x.dtype).transpose(1, 2).flatten(2, 3)[:, :, :longest]
+            for p in (keys, values)
+        )  # [R, Hkv, n, Dh]
+        y = torch.nn.functional.scaled_dot_product_attention(
+            _rotate(q, cos, sin)[:, :, None],
+            k.repeat_interleave(H // Hkv, 1),
+            v.repeat_interleave(H // Hkv, 1),
+            attn_mask=mask[:, None, None],
+        )
+        x = x + y.flatten(1) @ layer.proj.T
+        h = _rms_norm(x, layer.mlp_norm, weights.eps)
+        x = x + (torch.nn.functional.silu(h @ layer.gate.T) * (h @ layer.up.T)) @ layer.down.T
+    return _rms_norm(x, weights.norm, weights.eps) @ weights.head.T
+
+
+class NativeDecoder:
+    """The C++ decoder over given weights, which it reads where they are.
+
+    fp32 and bf16 products and embeddings are not copied: a change of them shows, as long as their
+    memory stays. Copied once: norms and tables, fp16 weights (to fp32), and with `int8` the
+    products (one scale an output channel). Activations are fp32 between the products and bf16 (at
+    bf16 weights, where the processor multiplies bf16) or 16-bit integers (int8) within them.
+
+    Args:
+        weights: on the CPU, fp32, bf16 or fp16.
+        weight_dtype: of the products and the head: as given, or int8.
+        isa: an instruction set of `dar_kernels.native.isa_supported()`; None: the fastest.
+
+    Raises:
+        TypeError, ValueError: where the weights do not fit together.
+        UnavailableError: where the C++ ops were not built.
+    """
+
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        *,
+        weight_dtype: Literal["as given", "int8"] = "as given",
+        isa: str | None = None,
+    ) -> None:
+        if not isinstance(weights, DecoderWeights):
+            raise TypeError(
+                f"decode_step: expected DecoderWeights, got {type(weights).__name__}"
+            )
+        if weight_dtype not in ("as given", "int8"):
+            raise ValueError(
+                f"decode_step: expected weight_dtype 'as given' or 'int8', got {weight_dtype!r}"
+            )
+        reason = native.missing()
+        if reason is not None:
+            raise UnavailableError(f"decode_step: native: {reason}")
+        from dar_kernels import _native
+
+        self.isa = isa or ""
+        self.layers, self.kv_heads = len(weights.layers), weights.kv_heads
+        self.head_dim, self.dim = weights.head_dim, weights.norm.shape[-1]
+        self.vocab_size = len(weights.head)
+        weights = weights.map(_readable)
+        layers, head, scales = [list(layer) for layer in weights.layers], weights.head, []
+        if weight_dtype == "int8":
+            for layer in layers:
+                pairs = [quantize_weight(layer[i]) for i in (1, 2, 4, 5, 6)]
+                for i, pair in zip((1, 2, 4, 5, 6), pairs, strict=True):
+                    layer[i] = pair.values
+                scales.append([pair.scale for pair in pairs])
+            head, head_scale = quantize_weight(head)
+            scales.append([head_scale])
+        for layer in layers:
+            layer[0], layer[3] = layer[0].float(), layer[3].float()
+        self._native = _native.Decoder(
+            layers,
+            scales,
+            weights.norm.float(),
+            head,
+            weights.token_embedding,
+            weights.cos.float(),
+            weights.sin.float(),
+            weights.heads,
+            weights.kv_heads,
+            weights.eps,
+        )
+
+    def run(
+        self,
+        x: Tensor,
+        pages: Pages,
+        block_table: Tensor,
+        positions: Tensor,
+        *,
+        steps: int,
+        seeds: Tensor,
+        guidance: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        guided: bool,
+        forced: Tensor | None = None,
+        threads: int | None = None,
+    ) -> Tensor:
+        """`steps` steps of B requests in one call without the interpreter's lock.
+
+        A request has one row, or with `guided` two: the conditional rows come first, then the
+        unconditional ones in the same order. Its codes are the same whatever its batch.
+
+        Args:
+            x: the first inputs, fp32 `[R, D]`, or codes to embed, int64 `[B]`.
+            pages: where keys and values are appended.
+            block_table: int32 `[R, max_pages]`; pages that new tokens go to belong to one row.
+            positions: int64 `[B]`, of the first input; the code drawn from it has that position.
+            steps: n ≥ 1.
+            seeds: int64 `[B]`, of the noise.
+            guidance: fp32 `[B, n]`; a step is unguided where it is ≤ 1.
+            temperature: fp32 `[B]`; 0 is greedy.
+            top_k: int32 `[B]`; 0 keeps all.
+            top_p: fp32 `[B]` in (0, 1].
+            forced: int64 `[B, n]`, codes that are given, -1 where one is to be drawn; a step with
+                all codes given skips the head.
+            threads: None: torch.get_num_threads().
+
+        Returns:
+            codes, int64 `[B, n]`.
+
+        Raises:
+            TypeError: where a dtype does not fit.
+            ValueError: where a shape, a range or a stride does not fit.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"decode_step: expected integer steps >= 1, got {steps!r}")
+        tensors = {
+            "x": x, "block_table": block_table, "positions": positions, "seeds": seeds,
+            "guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+        }  # fmt: skip
+        _check_tensors(tensors if forced is None else tensors | {"forced": forced}, pages)
+        codes = torch.empty(len(positions), steps, dtype=torch.int64)
+        self._native.run(
+            x.detach(), pages.keys, pages.values, block_table, positions, seeds, guidance,
+            temperature, top_k, top_p, forced, codes, bool(guided), _threads(threads), self.isa,
+        )  # fmt: skip
+        return codes
+
+    def logits(
+        self,
+        x: Tensor,
+        pages: Pages,
+        block_table: Tensor,
+        positions: Tensor,
+        *,
+        threads: int | None = None,
+    ) -> Tensor:
+        """Logits fp32 `[R, V]` of one step of R rows, of which nothing is drawn; see `run`.
+
+        Args:
+            x: fp32 `[R, D]`, or codes to embed, int64 `[R]`.
+            pages: where keys and values are appended.
+            block_table: int32 `[R, max_pages]`.
+            positions: int64 `[R]`.
+            threads: None: torch.get_num_threads().
+
+        Raises:
+            TypeError: where a dtype does not fit.
+            ValueError: where a shape, a range or a stride does not fit.
+        """
+        _check_tensors({"x": x, "block_table": block_table, "positions": positions}, pages)
+        out = torch.empty(len(positions), self.vocab_size)
+        self._native.logits(
+            x.detach(), pages.keys, pages.values, block_table, positions, out, _threads(threads),
+            self.isa,
+        )  # fmt: skip
+        return out
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """What C++ can read: contiguous, fp16 as fp32, without a graph."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"decode_step: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in WEIGHT_DTYPES:
+        raise TypeError(
+            f"decode_step: expected weights in one of {WEIGHT_DTYPES}, got {tensor.dtype}"
+        )
+    if tensor.device.type != "cpu":
+        raise ValueError(f"decode_step: expected weights on the CPU, got {tensor.device}")
+    tensor = tensor.detach().contiguous()
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
+def _check_tensors(tensors: dict[str, Tensor], pages: Pages) -> None:
+    if not isinstance(pages, Pages):
+        raise TypeError(f"decode_step: expected pages a Pages, got {type(pages).__name__}")
+    for name, tensor in (tensors | pages._asdict()).items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"decode_step: expected {name} a tensor, got {type(tensor).__name__}")
+        if tensor.device.type != "cpu":
+            raise ValueError(f"decode_step: expected {name} on the CPU, got {tensor.device}")
+    if tensors["positions"].ndim != 1:
+        raise ValueError(
+            f"decode_step: expected positions [B], got {list(tensors['positions'].shape)}"
+        )
+
+
+def _threads(threads: int | None) -> int:
+    return torch.get_num_threads() if threads is None else threads
