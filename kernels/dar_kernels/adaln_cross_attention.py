@@ -86,9 +86,8 @@ def _adaln_cross_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, and for the backward P and the statistics of the rows of x."""
     probs, stats = forward.launch_probabilities(
-        x.contiguous(), q_weight.contiguous(), q_bias, q_norm_weight, q_norm_bias,
-        keys.contiguous(), cos, sin,
-    )  # fmt: skip
+        x, q_weight, q_bias, q_norm_weight, q_norm_bias, keys, cos, sin
+    )
     y, _ = forward.launch_output(probs, values_out, out_bias, time, None)
     return y, probs, stats
 

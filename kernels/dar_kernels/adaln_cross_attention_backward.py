@@ -145,16 +145,15 @@ def attention_backward(
     dprobs = dz @ values_out.flatten(1, 2).mT  # [B, N, H Q]
 
     x = x.contiguous()
-    q_weight = q_weight.contiguous()
+    inputs = (q_weight, q_bias, q_norm_weight, q_norm_bias, keys, cos, sin)
     constants, options = query_tiling(B, N, D, H, Q, dtype, True)
     tiles = -(-N // constants["BLOCK_M"])
     dq = probs.new_empty(B * N, D)
     dkeys = probs.new_empty(B, tiles, *keys.shape[1:], dtype=torch.float32)
     sums = probs.new_empty(B, tiles, 3, D, dtype=torch.float32)
     _query_backward_kernel[(B * tiles * (H // constants["HEADS"]),)](
-        x, stats, q_weight, q_bias, q_norm_weight, q_norm_bias, keys.contiguous(), cos, sin,
-        probs, dprobs, dq, dkeys, sums, B * N, N, D, H, Q, (D // H) ** -0.5, **constants,
-        **options,
+        x, stats, *(t.contiguous() for t in inputs), probs, dprobs, dq, dkeys, sums, B * N, N, D,
+        H, Q, (D // H) ** -0.5, **constants, **options,
     )  # fmt: skip
 
     dnormed, dx, normed = dq @ q_weight, torch.empty_like(x), torch.empty_like(dq)

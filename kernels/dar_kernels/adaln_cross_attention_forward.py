@@ -119,7 +119,7 @@ def _output_kernel(
     shift = tl.load(bias_ptr + d, mask=inside, other=0.0).to(tl.float32)
     shift += tl.load(time_ptr + picture * D + d, mask=inside, other=0.0).to(tl.float32)
     z += shift[None, :]
-    gate = tl.sigmoid(z)
+    gate = tl.sigmoid(tl.maximum(z, -80.0))  # exp stays finite; silu is -1e-33 there
     mask = (m < N)[:, None] & inside[None, :]
     at = n * D + d[None, :]
     out_ptr += picture * N * D
@@ -154,6 +154,8 @@ def launch_probabilities(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """P `[B, N, H Q]`; mean and 1/std of the rows of x, `[2, B N]` fp32."""
     (B, N, D), (H, Q, head_dim) = x.shape, keys.shape[1:]
+    x = x.contiguous()
+    inputs = (q_weight, q_bias, q_norm_weight, q_norm_bias, keys, cos, sin)
     stats = x.new_empty(2, B * N, dtype=torch.float32)
     probs = q_weight.new_empty(B, N, H * Q)
     constants, options = row_tiling(D)
@@ -162,8 +164,8 @@ def launch_probabilities(
     constants, options = query_tiling(B, N, D, H, Q, q_weight.dtype, False)
     programs = B * -(-N // constants["BLOCK_M"]) * (H // constants["HEADS"])
     _probabilities_kernel[(programs,)](
-        x, stats, q_weight, q_bias, q_norm_weight, q_norm_bias, keys, cos, sin, probs, B * N, N, D,
-        H, Q, head_dim**-0.5, **constants, **options,
+        x, stats, *(t.contiguous() for t in inputs), probs, B * N, N, D, H, Q, head_dim**-0.5,
+        **constants, **options,
     )  # fmt: skip
     return probs, stats
 
@@ -181,8 +183,8 @@ def launch_output(
     out = probs.new_empty(B, N, D)
     sums = probs.new_empty(0 if dy is None else B, tiles, D, dtype=torch.float32)
     _output_kernel[(B * tiles * -(-D // constants["BLOCK_D"]),)](
-        probs, values_out, out_bias, time, dy, out, sums, N, D, HQ, *values_out.stride()[:2],
-        **constants, **options,
+        probs, values_out, out_bias.contiguous(), time.contiguous(), dy, out, sums, N, D, HQ,
+        *values_out.stride()[:2], **constants, **options,
     )  # fmt: skip
     return out, sums
 

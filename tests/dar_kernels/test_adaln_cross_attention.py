@@ -56,7 +56,7 @@ def check(arguments, dtype):
     "shape",
     [
         (2, 37, 128, 2, 32),
-        (1, 70, 96, 3, 5),
+        (1, 70, 48, 3, 5),
         (1, 130, 36, 2, 8),
         (1, 1, 64, 1, 1),
         (1, 3, 16, 1, 50),
@@ -173,9 +173,7 @@ def test_gradients_of_torch():
 
 @needs_triton
 def test_registration():
-    a = [
-        t.requires_grad_(t.ndim > 0 and i < 9) for i, t in enumerate(draw(1, 3, 32, 2, 4).values())
-    ]
+    a = [t.requires_grad_(i < 9) for i, t in enumerate(draw(1, 2, 16, 1, 4).values())]
     torch.library.opcheck(_adaln_cross_attention, tuple(a))
     y, probs, stats = (t.detach() for t in _adaln_cross_attention(*a))
     inputs = (torch.randn_like(y), *(t.detach() for t in a), probs, stats)
