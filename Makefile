@@ -1,5 +1,6 @@
 # make sample: install, and sample 16 pictures from the embedded model
 # make test:   install for development, then lint, types and every test
+# make aot:    compile every Triton kernel for sm_80 and sm_90; fails on a spill. WRITE=1: kernels/RESOURCES.md
 # Needs Python 3.11 or later, make, a C++ compiler and a package index; nothing outside this folder changes.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ MODULES := $(sort $(shell find dar_fast kernels train -name '*.py'))
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*) $(VENV)/.modules
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: sample test lint types clean always
+.PHONY: sample test lint types aot clean always
 .DELETE_ON_ERROR:
 
 sample: $(VENV)/.installed
@@ -25,6 +26,9 @@ lint: $(VENV)/.installed-test
 
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
+
+aot: $(VENV)/.installed-test
+	env -u TRITON_INTERPRET $(BIN)/python bench/aot.py $(if $(WRITE),--write)
 
 clean:
 	rm -rf $(VENV) build dist samples.png samples.webp
