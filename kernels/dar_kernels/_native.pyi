@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 from torch import Tensor
 
 threading: str  # "OpenMP" or "std::thread"
@@ -55,3 +57,60 @@ def key_weights(
     threads: int,
     isa: str = "",
 ) -> None: ...
+def guided_sample(
+    logits: Tensor,
+    uncond: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    guidance: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    codes: Tensor,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+
+class Decoder:
+    def __init__(
+        self,
+        layers: Sequence[Sequence[Tensor]],
+        scales: Sequence[Sequence[Tensor]],
+        norm: Tensor,
+        head: Tensor,
+        token_embedding: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        heads: int,
+        kv_heads: int,
+        eps: float,
+    ) -> None: ...
+    def run(
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        block_table: Tensor,
+        positions: Tensor,
+        seeds: Tensor,
+        guidance: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        forced: Tensor | None,
+        codes: Tensor,
+        guided: bool,
+        threads: int,
+        isa: str = "",
+    ) -> None: ...
+    def logits(
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        block_table: Tensor,
+        positions: Tensor,
+        out: Tensor,
+        threads: int,
+        isa: str = "",
+    ) -> None: ...

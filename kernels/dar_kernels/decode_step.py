@@ -8,71 +8,18 @@ Source: REFERENCE §2; RoPE from Su et al. (2021), interleaved pairs; int8 produ
 in two planes of bytes.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dar_kernels import native
+from dar_kernels.decoder_weights import DecoderPages, DecoderWeights
 from dar_kernels.dispatch import UnavailableError
+from dar_kernels.pages import PAGE_SIZE
 from dar_kernels.quantize import quantize_weight
 
-PAGE = 32  # tokens of a page
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class LayerWeights(NamedTuple):
-    """Of one layer; norms `[D]`, products `[O, K]` as nn.Linear holds them."""
-
-    attention_norm: Tensor  # [D]
-    qkv: Tensor  # [(H + 2 Hkv) Dh, D]: q, k, v stacked
-    proj: Tensor  # [D, H Dh]
-    mlp_norm: Tensor  # [D]
-    gate: Tensor  # [F, D]
-    up: Tensor  # [F, D]
-    down: Tensor  # [D, F]
-
-    def products(self) -> tuple[Tensor, ...]:
-        """qkv, proj, gate, up, down."""
-        return self.qkv, self.proj, self.gate, self.up, self.down
-
-
-class DecoderWeights(NamedTuple):
-    """Of a decoder; cos and sin are fp32 `[N, Dh / 2]`, one row a position."""
-
-    layers: Sequence[LayerWeights]
-    norm: Tensor  # [D]
-    head: Tensor  # [V, D]
-    token_embedding: Tensor  # [V, D]
-    cos: Tensor
-    sin: Tensor
-    heads: int
-    kv_heads: int
-    eps: float = 1e-5
-
-    @property
-    def head_dim(self) -> int:
-        return 2 * self.cos.shape[1]
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "DecoderWeights":
-        """Every tensor through `fn`."""
-        layers = [LayerWeights(*map(fn, layer)) for layer in self.layers]
-        return DecoderWeights(layers, *map(fn, self[1:6]), *self[6:])
-
-
-class Pages(NamedTuple):
-    """Keys and values of all layers, each `[layers, num_pages, Hkv, 32, Dh]`, fp32 or bf16."""
-
-    keys: Tensor
-    values: Tensor
-
-
-def new_pages(weights: DecoderWeights, num_pages: int, dtype: torch.dtype) -> Pages:
-    """Pages of zeros on the device of the weights."""
-    shape = (len(weights.layers), num_pages, weights.kv_heads, PAGE, weights.head_dim)
-    keys = torch.zeros(shape, dtype=dtype, device=weights.norm.device)
-    return Pages(keys, torch.zeros_like(keys))
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -87,7 +34,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def decode_step_ref(
-    weights: DecoderWeights, x: Tensor, pages: Pages, block_table: Tensor, positions: Tensor
+    weights: DecoderWeights, x: Tensor, pages: DecoderPages, block_table: Tensor, positions: Tensor
 ) -> Tensor:
     """One step in the dtype of its inputs, in fp64 the truth: logits `[R, V]` of inputs `[R, D]`.
 
@@ -95,16 +42,16 @@ def decode_step_ref(
     """
     H, Hkv, Dh = weights.heads, weights.kv_heads, weights.head_dim
     cos, sin = weights.cos[positions].to(x.dtype), weights.sin[positions].to(x.dtype)
-    page = block_table.gather(1, (positions // PAGE)[:, None].to(torch.int64)).squeeze(1)
+    page = block_table.gather(1, (positions // PAGE_SIZE)[:, None].to(torch.int64)).squeeze(1)
     longest = int(positions.max()) + 1
     rows = torch.arange(longest, device=x.device)
     mask = rows <= positions[:, None]  # [R, n]
-    table = block_table[:, : -(-longest // PAGE)].clamp_min(0)
+    table = block_table[:, : -(-longest // PAGE_SIZE)].clamp_min(0)
     for layer, keys, values in zip(weights.layers, *pages, strict=True):
         qkv = _rms_norm(x, layer.attention_norm, weights.eps) @ layer.qkv.T
         q, k, v = qkv.unflatten(-1, (-1, Dh)).split((H, Hkv, Hkv), dim=1)  # [R, heads, Dh]
-        keys[page, :, positions % PAGE] = _rotate(k, cos, sin).to(keys.dtype)
-        values[page, :, positions % PAGE] = v.to(values.dtype)
+        keys[page, :, positions % PAGE_SIZE] = _rotate(k, cos, sin).to(keys.dtype)
+        values[page, :, positions % PAGE_SIZE] = v.to(values.dtype)
         k, v = (
             p[table].to(x.dtype).transpose(1, 2).flatten(2, 3)[:, :, :longest]
             for p in (keys, values)
@@ -147,9 +94,7 @@ class NativeDecoder:
         isa: str | None = None,
     ) -> None:
         if not isinstance(weights, DecoderWeights):
-            raise TypeError(
-                f"decode_step: expected DecoderWeights, got {type(weights).__name__}"
-            )
+            raise TypeError(f"decode_step: expected DecoderWeights, got {type(weights).__name__}")
         if weight_dtype not in ("as given", "int8"):
             raise ValueError(
                 f"decode_step: expected weight_dtype 'as given' or 'int8', got {weight_dtype!r}"
@@ -191,7 +136,7 @@ class NativeDecoder:
     def run(
         self,
         x: Tensor,
-        pages: Pages,
+        pages: DecoderPages,
         block_table: Tensor,
         positions: Tensor,
         *,
@@ -249,7 +194,7 @@ class NativeDecoder:
     def logits(
         self,
         x: Tensor,
-        pages: Pages,
+        pages: DecoderPages,
         block_table: Tensor,
         positions: Tensor,
         *,
@@ -291,9 +236,9 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
-def _check_tensors(tensors: dict[str, Tensor], pages: Pages) -> None:
-    if not isinstance(pages, Pages):
-        raise TypeError(f"decode_step: expected pages a Pages, got {type(pages).__name__}")
+def _check_tensors(tensors: dict[str, Tensor], pages: DecoderPages) -> None:
+    if not isinstance(pages, DecoderPages):
+        raise TypeError(f"decode_step: expected pages a DecoderPages, got {type(pages).__name__}")
     for name, tensor in (tensors | pages._asdict()).items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"decode_step: expected {name} a tensor, got {type(tensor).__name__}")
