@@ -1,4 +1,4 @@
-"""The Triton kernels of `paged_attention`: one query head, a group of them, and the merge of splits.
+"""The Triton kernels of `paged_attention`: one query head, a group of them, the merge of splits.
 
 A program reads its share of one row's pages in tiles, keys and values at once; asynchronous copies
 keep two tiles in flight behind the one it works on, 64 KiB where programs are few: without them

@@ -110,13 +110,9 @@ def paged_attention_triton(
     )  # fmt: skip
     if lse is not None:
         merge_kernel[(R * H,)](
-            result,
-            lse,
-            out,
-            chosen.splits,
-            **_merge_constants(chosen.splits, Dh, pdl),
+            result, lse, out, chosen.splits, **_merge_constants(chosen.splits, Dh, pdl),
             **_options(4, pdl),
-        )
+        )  # fmt: skip
     return out
 
 

@@ -157,10 +157,13 @@ def qkv_rope_append(
     check_integers(op, "block_table", block_table, qkv, 2)
     check_integers(op, "positions", positions, qkv, 1)
     for name, table in (("cos", cos), ("sin", sin)):
+        if not isinstance(table, Tensor):
+            raise TypeError(f"{op}: expected {name} a tensor, got {type(table).__name__}")
         if table.dtype != torch.float32:
             raise TypeError(f"{op}: expected {name} in torch.float32, got {table.dtype}")
-        if table.ndim != 2 or table.shape != (len(cos), Dh // 2) or len(table) < 1:
-            raise ValueError(f"{op}: expected {name} [N, {Dh // 2}], got {list(table.shape)}")
+        N = "N" if table is cos else len(cos)
+        if table.ndim != 2 or table.shape != (len(cos), Dh // 2) or len(cos) < 1:
+            raise ValueError(f"{op}: expected {name} [{N}, {Dh // 2}], got {list(table.shape)}")
         if table.device != qkv.device:
             raise ValueError(f"{op}: expected {name} on {qkv.device}, got {table.device}")
     if readable(qkv):
