@@ -18,7 +18,12 @@ from dar_kernels import triton_support
 from dar_kernels.aot import DecoderShape, Shape, Variant
 from dar_kernels.arguments import check_norm, check_tensors
 from dar_kernels.dispatch import Implementation, Op
-from dar_kernels.layer_norm_backward import backward_variant, layer_norm_backward, row_offset
+from dar_kernels.layer_norm_backward import (
+    backward_variant,
+    layer_norm_backward,
+    row_mean,
+    row_offset,
+)
 from dar_kernels.rows import empty_in_order, memory_order, row_blocks, rows_of
 from dar_kernels.triton_support import TRITON_DTYPES, cast, tl, triton
 
@@ -55,7 +60,7 @@ def _layer_norm_kernel(
     mask = (row < M)[:, None] & (col < D)
     x_at = row_offset(row, inner_x, stride_xo, stride_xi)[:, None] + col
     x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
-    centred = tl.where(mask, x - (tl.sum(x, 1) / D)[:, None], 0.0)
+    centred = tl.where(mask, x - row_mean(x, D)[:, None], 0.0)
     y = centred * tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)[:, None]
     if HAS_WEIGHT:
         y *= tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32)

@@ -25,6 +25,12 @@ def row_offset(row, inner, stride_outer, stride_inner):
 
 
 @triton.jit
+def row_mean(x, D):
+    """Rounded once: an approximate division would leave rows of equal numbers a variance."""
+    return tl.div_rn(tl.sum(x, 1), D * 1.0)
+
+
+@triton.jit
 def _layer_norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr, dbias_ptr, inner_dy, stride_dyo, stride_dyi,
     inner_x, stride_xo, stride_xi, M, D, eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -44,7 +50,7 @@ def _layer_norm_backward_kernel(
         dy_at = row_offset(row, inner_dy, stride_dyo, stride_dyi)[:, None] + col
         x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + dy_at, mask=mask, other=0.0).to(tl.float32)
-        centred = tl.where(mask, x - (tl.sum(x, 1) / D)[:, None], 0.0)
+        centred = tl.where(mask, x - row_mean(x, D)[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)[:, None]
         x_hat = centred * rstd
         if HAS_WEIGHT:
