@@ -24,10 +24,11 @@ from torch import Tensor
 
 from dar_kernels import adaln_cross_attention_backward as backward
 from dar_kernels import adaln_cross_attention_forward as forward
-from dar_kernels import triton_support
+from dar_kernels import modulate_native, triton_support
 from dar_kernels.adaln_cross_attention_tiles import NORM_EPS
 from dar_kernels.aot import DenoiserShape, Shape, Variant
-from dar_kernels.dispatch import Implementation, Op
+from dar_kernels.dispatch import Implementation, Op, needs_grad
+from dar_kernels.linear import PackedWeight
 from dar_kernels.triton_support import TRITON_DTYPES
 
 MAX_DIM, MAX_HEAD_DIM, MAX_KEYS = 8192, 64, 64  # what Triton keeps in registers
@@ -118,12 +119,13 @@ OP = Op(
     implementations=(
         Implementation(
             name="triton",
-            run=lambda *inputs: _adaln_cross_attention(*inputs)[0],
+            run=_adaln_cross_attention,
             devices=("cuda",),
             on_request=("cpu",),
             dtypes=TRITON_DTYPES,
             missing=triton_support.missing,
         ),
+        modulate_native.implementation(modulate_native.adaln_cross_attention),
         Implementation(name="torch", run=adaln_cross_attention_ref),
     ),
 )
@@ -144,25 +146,26 @@ def _check_tensor(op: str, name: str, tensor: object) -> None:
 
 
 def adaln_cross_attention(
-    x: Tensor, q_weight: Tensor, q_bias: Tensor, q_norm_weight: Tensor, q_norm_bias: Tensor,
-    keys: Tensor, values_out: Tensor, out_bias: Tensor, time: Tensor, cos: Tensor, sin: Tensor,
-    *, implementation: str | None = None,
+    x: Tensor, q_weight: Tensor | PackedWeight, q_bias: Tensor, q_norm_weight: Tensor,
+    q_norm_bias: Tensor, keys: Tensor, values_out: Tensor, out_bias: Tensor, time: Tensor,
+    cos: Tensor, sin: Tensor, *, implementation: str | None = None,
 ) -> Tensor:  # fmt: skip
     """silu(time + cross attention of LN(x) over a group's Q keys, projected). LN eps is 1e-6.
 
-    Under autocast every tensor but x, cos and sin is used in autocast's dtype, which y has too.
+    Under autocast `triton` uses all but x, cos and sin in autocast's dtype, which y has too.
 
     Args:
         x: `[B, N, D]`, floating point; all tensors but the tables have its dtype unless autocast.
-        q_weight, q_bias: `[D, D]`, `[D]`, the query projection.
+        q_weight, q_bias: `[D, D]`, which may be packed, and `[D]`: the query projection.
         q_norm_weight, q_norm_bias: `[Dh]`, of the LayerNorm on each head of q; Dh even.
         keys: `[B, H, Q, Dh]`, normalised, H Dh = D.
         values_out: `[B, H, Q, D]` of `absorb_output`; rows of D contiguous, or they are copied.
         out_bias: `[D]`, of the output projection.
         time: `[B, D]`, the time embedding.
         cos, sin: `[N, Dh / 2]` fp32, of the interleaved pairs.
-        implementation: `triton` (CUDA, not fp64; D <= 8192, Dh and Q <= 64) or `torch`; None: the
-            first of these that takes the sizes and can run.
+        implementation: `triton` (CUDA, not fp64; D <= 8192, Dh and Q <= 64), `native` (CPU, fp32
+            and bf16, without gradients) or `torch`; None: the first that takes the sizes and can
+            run.
 
     Returns:
         `[B, N, D]`. Differentiable in all but cos and sin.
@@ -173,8 +176,9 @@ def adaln_cross_attention(
         UnavailableError: where the named implementation cannot run here.
     """
     op = "adaln_cross_attention"
+    weight = q_weight.weight if isinstance(q_weight, PackedWeight) else q_weight
     named = {
-        "x": x, "q_weight": q_weight, "q_bias": q_bias, "q_norm_weight": q_norm_weight,
+        "x": x, "q_weight": weight, "q_bias": q_bias, "q_norm_weight": q_norm_weight,
         "q_norm_bias": q_norm_bias, "keys": keys, "values_out": values_out, "out_bias": out_bias,
         "time": time, "cos": cos, "sin": sin,
     }  # fmt: skip
@@ -208,8 +212,12 @@ def adaln_cross_attention(
             f"{op}: expected D <= {MAX_DIM}, Dh <= {MAX_HEAD_DIM}, Q <= {MAX_KEYS} and N D < 2^31 "
             f"for triton, got D {D}, Dh {Dh}, Q {Q}, N {N}"
         )
-    inputs = q_weight, q_bias, q_norm_weight, q_norm_bias, keys, values_out, out_bias, time
-    if OP.pick(x.device.type, x.dtype, implementation) == "torch" or not fits:
+    inputs = weight, q_bias, q_norm_weight, q_norm_bias, keys, values_out, out_bias, time
+    grad = needs_grad(x, *inputs) or modulate_native.blocked(x.device.type)
+    chosen = OP.pick(x.device.type, x.dtype, implementation, grad)
+    if chosen == "native":
+        return modulate_native.adaln_cross_attention(x, q_weight, *inputs[1:], cos, sin)
+    if chosen == "torch" or not fits:
         return adaln_cross_attention_ref(x, *inputs, cos, sin)
     to = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     y: Tensor = _adaln_cross_attention(x, *(t.to(to) for t in inputs), cos, sin)[0]

@@ -32,6 +32,7 @@ def _row_stats_kernel(x_ptr, stats_ptr, M, D, ROWS: tl.constexpr, BLOCK_D: tl.co
     mask = (row < M)[:, None] & (column < D)
     x = tl.load(x_ptr + row[:, None] * D + column, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(x, 1) / D
+    mean += tl.sum(tl.where(mask, x - mean[:, None], 0.0), 1) / D  # what the first sum rounded off
     x = tl.where(mask, x - mean[:, None], 0.0)
     tl.store(stats_ptr + row, mean, mask=row < M)
     tl.store(stats_ptr + M + row, tl.rsqrt(tl.sum(x * x, 1) / D + _EPS), mask=row < M)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from truth import DEVICE, DTYPES, TRITON, check_against_truth
 
 from dar_kernels import adaln_cross_attention_forward as forward
+from dar_kernels import native
 from dar_kernels.adaln_cross_attention import (
     _adaln_cross_attention,
     absorb_output,
@@ -14,8 +15,19 @@ from dar_kernels.adaln_cross_attention import (
 )
 from dar_kernels.adaln_cross_attention_backward import attention_backward
 from dar_kernels.dispatch import UnavailableError
+from dar_kernels.linear import pack_weight, packs
+from dar_kernels.modulate_native import NATIVE_DTYPES
 
 needs_triton = pytest.mark.skipif(not TRITON, reason="Triton cannot run here")
+needs_native = pytest.mark.skipif(native.missing() is not None, reason="the extension is not built")
+EVERY = pytest.mark.parametrize(
+    "implementation",
+    [
+        "torch",
+        pytest.param("triton", marks=needs_triton),
+        pytest.param("native", marks=needs_native),
+    ],
+)
 NAMES = (
     "x", "q_weight", "q_bias", "q_norm_weight", "q_norm_bias", "keys", "values_out", "out_bias",
     "time", "cos", "sin",
@@ -121,12 +133,13 @@ def test_strides():
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=needs_triton)])
+@EVERY
 def test_equals_the_unabsorbed_form(implementation):
     """LN, projection, norm of each head, rotation, SDPA and the output projection one by one."""
-    a = draw(2, 5, 64, 2, 8)
-    values = torch.randn(2, 2, 8, 32, device=DEVICE)
-    proj = torch.randn(64, 64, device=DEVICE) / 8
+    device = "cpu" if implementation == "native" else DEVICE
+    a = {n: t.to(device) for n, t in draw(2, 5, 64, 2, 8).items()}
+    values = torch.randn(2, 2, 8, 32, device=device)
+    proj = torch.randn(64, 64, device=device) / 8
     q = F.linear(F.layer_norm(a["x"], (64,), eps=1e-6), a["q_weight"], a["q_bias"])
     q = q.view(2, 5, 2, 32).transpose(1, 2)
     q = F.layer_norm(q, (32,), a["q_norm_weight"], a["q_norm_bias"], 1e-6)
@@ -171,6 +184,30 @@ def test_gradients_of_torch():
     assert torch.autograd.gradcheck(adaln_cross_attention, tuple(a.values()), fast_mode=True)
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+def test_the_processor_without_gradients(dtype):
+    *inputs, cos, sin = (t.cpu() for t in draw(2, 5, 64, 2, 8).values())
+
+    def ours(*t):
+        return adaln_cross_attention(*t, cos, sin)
+
+    def same(*t):
+        return adaln_cross_attention_ref(*t, cos, sin)
+
+    check_against_truth(ours, same, inputs, dtype, gradients=False)
+    low = [t.to(dtype) for t in inputs]
+    with torch.no_grad():
+        y = ours(*low)
+        assert torch.equal(y, adaln_cross_attention(*low, cos, sin, implementation="native"))
+        if packs(low[1]):
+            assert torch.equal(y, ours(low[0], pack_weight(low[1]), *low[2:]))
+    low[0].requires_grad_()
+    with pytest.raises(UnavailableError, match="native: has no backward"):
+        adaln_cross_attention(*low, cos, sin, implementation="native")
+    assert ours(*low).requires_grad
+
+
 @needs_triton
 def test_registration():
     a = [t.requires_grad_(i < 9) for i, t in enumerate(draw(1, 2, 16, 1, 4).values())]
@@ -212,7 +249,7 @@ def test_compiles_without_a_graph_break(implementation):
         ({"time": torch.ones(1, 32, device="meta")}, ValueError, "time on cpu, got meta"),
         ({"time": torch.ones(1, 32).half()}, TypeError, "time in torch.float32, got torch.float16"),
         ({"sin": torch.ones(3, 8).half()}, TypeError, "sin in torch.float32, got torch.float16"),
-        ({"implementation": "native"}, ValueError, "expected implementation one of triton, torch"),
+        ({"implementation": "cuda"}, ValueError, "implementation one of triton, native, torch"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(change, error, message):
@@ -227,7 +264,7 @@ def test_sizes_that_triton_leaves_to_torch(sizes):
     a = draw(*sizes)
     with pytest.raises(ValueError, match=r"Dh <= 64, Q <= 64 .* for triton, got D"):
         adaln_cross_attention(**a, implementation="triton")
-    assert torch.equal(adaln_cross_attention(**a), adaln_cross_attention_ref(**a))
+    torch.testing.assert_close(adaln_cross_attention(**a), adaln_cross_attention_ref(**a))
     wide = {n: t.double() if i < 9 else t for i, (n, t) in enumerate(a.items())}
     with pytest.raises(UnavailableError, match=r"triton: takes torch\.float32"):
         adaln_cross_attention(**draw(1, 2, 16, 1, 4, torch.float64), implementation="triton")
