@@ -28,7 +28,7 @@ def check_tensor(
         raise TypeError(f"{op}: expected {name} a tensor in {names}, got {got}")
     sizes = list(shape.values())
     if value.ndim != len(sizes) or any(
-        s not in (None, n) for s, n in zip(sizes, value.shape, strict=True)
+        s is not None and s != n for s, n in zip(sizes, value.shape, strict=True)
     ):
         wanted = ", ".join(d if s is None else f"{d} = {s}" for d, s in shape.items())
         raise ValueError(f"{op}: expected {name} [{wanted}], got {list(value.shape)}")

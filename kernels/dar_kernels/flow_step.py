@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dar_kernels.aot import DenoiserShape, Shape, Variant
+from dar_kernels.checks import check_tensor
 from dar_kernels.dispatch import Implementation, Op
 from dar_kernels.triton_support import (
     TRITON_DTYPES,
@@ -30,7 +31,8 @@ Solver = Literal["adams2", "euler"]
 Preview = Literal["jump", "solver"]
 SOLVERS, PREVIEWS = ("adams2", "euler"), ("jump", "solver")
 FLAGS = (torch.bool, torch.uint8, torch.int32, torch.int64)
-BLOCK = 1024  # eight numbers a thread of four warps: one row of a patch, 16 bytes of it in bf16
+BLOCK = 1024  # eight numbers a thread of four warps: one row of a patch, 16 bytes in bf16
+OPTIONS = launch_options(num_warps=4, num_stages=1)  # from AOT register counts; not timed
 
 
 class FlowStep(NamedTuple):
@@ -42,18 +44,11 @@ class FlowStep(NamedTuple):
 
 
 def flow_step_ref(
-    x: Tensor,
-    velocity: Tensor,
-    previous: Tensor | None,
-    t: Tensor | float,
-    h: Tensor | float,
-    data_std: float,
-    solver: Solver,
-    patch_size: int,
-    first: Tensor | bool = False,
+    x: Tensor, velocity: Tensor, previous: Tensor | None, t: Tensor | float, h: Tensor | float,
+    data_std: float, solver: Solver, patch_size: int, first: Tensor | bool = False,
     preview: Preview = "jump",
-) -> FlowStep:
-    """The definition, not in place, in the dtype of `x`; in fp64 it is the truth the tests use."""
+) -> FlowStep:  # fmt: skip
+    """The definition, not in place, h = next_t - t, in the dtype of `x`; the truth in fp64."""
     P, G = patch_size, x.shape[-1] // patch_size
     v = velocity.to(x.dtype).reshape(-1, G, G, 3, P, P).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
     t, h = (s[:, None, None, None] if isinstance(s, Tensor) else s for s in (t, h))
@@ -61,7 +56,7 @@ def flow_step_ref(
     if solver == "adams2" and previous is not None and first is not True:
         slope = 1.5 * v - 0.5 * previous
         if isinstance(first, Tensor):
-            slope = torch.where(first.bool()[:, None, None, None], v, slope)
+            slope = v.where(first.bool()[:, None, None, None], slope)
     estimate = x + (1 - t) * (v if preview == "jump" else slope)
     return FlowStep(x + h * slope, v, estimate / data_std)
 
@@ -70,28 +65,29 @@ def flow_step_ref(
 def _flow_step_kernel(
     x_ptr, velocity_ptr, previous_ptr, preview_ptr, t_ptr, next_t_ptr, first_ptr,
     t, h, data_std, stride_vb, stride_vn,
-    ADAMS: tl.constexpr, JUMP: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    ADAMS: tl.constexpr, JUMP: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
+    SEGMENTS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < 3 * R * R
-    row, col = i // R % R, i % R
-    patch = row // P * (R // P) + col // P
-    channel = i // (R * R) * (P * P) + row % P * P + col % P
-    at = velocity_ptr + b * stride_vb + patch.to(tl.int64) * stride_vn + channel
-    v = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    at = b * (3 * R * R) + i
+    # P numbers side by side in the picture are so in the velocity: one row of a patch
+    segment = tl.program_id(0) * SEGMENTS + tl.arange(0, SEGMENTS)
+    p = tl.arange(0, BLOCK_P)[None, :]
+    mask = (segment < 3 * R * (R // P))[:, None] & (p < P)
+    line, column = segment // (R // P), segment % (R // P)  # line: a row of a channel
+    patch = line % R // P * (R // P) + column
+    channel = line // R * (P * P) + line % P * P  # R is a multiple of P
+    at = b * stride_vb + patch.to(tl.int64) * stride_vn + channel
+    v = tl.load(velocity_ptr + at[:, None] + p, mask=mask, other=0.0).to(tl.float32)
+    at = b * (3 * R * R) + segment[:, None] * P + p
     x = tl.load(x_ptr + at, mask=mask, other=0.0)
     if t_ptr is not None:
         t = tl.load(t_ptr + b)
         h = tl.load(next_t_ptr + b) - t
     slope = v
     if ADAMS:
-        if first_ptr is not None:  # what lies in `previous` then is not looked at
-            first = tl.load(first_ptr + b) != 0
-            before = tl.load(previous_ptr + at, mask=mask & (first == 0), other=0.0)
-            slope = tl.where(first, v, 1.5 * v - 0.5 * before)
-        else:
+        if first_ptr is None:
+            slope = 1.5 * v - 0.5 * tl.load(previous_ptr + at, mask=mask, other=0.0)
+        elif tl.load(first_ptr + b) == 0:  # else what lies in `previous` is not looked at
             slope = 1.5 * v - 0.5 * tl.load(previous_ptr + at, mask=mask, other=0.0)
     estimate = x + (1.0 - t) * (v if JUMP else slope)
     tl.store(preview_ptr + at, estimate / data_std, mask=mask)
@@ -100,31 +96,29 @@ def _flow_step_kernel(
         tl.store(previous_ptr + at, v, mask=mask)
 
 
+def _tile(patch_size: int) -> dict[str, int]:
+    block = int(triton.next_power_of_2(patch_size))
+    return {"SEGMENTS": max(1, BLOCK // block), "BLOCK_P": block}
+
+
 @torch.library.custom_op("dar::flow_step", mutates_args=("x", "previous"))
 def _flow_step(
-    x: Tensor,
-    velocity: Tensor,
-    previous: Tensor | None,
-    t: Tensor | None,
-    next_t: Tensor | None,
-    first: Tensor | None,
-    t_all: float,
-    h_all: float,
-    data_std: float,
-    adams: bool,
-    jump: bool,
-    patch_size: int,
-) -> Tensor:
-    """The preview; times come from the tensors, or from `t_all` and `h_all` where those are None."""
+    x: Tensor, velocity: Tensor, previous: Tensor | None,
+    t: Tensor | None, next_t: Tensor | None, first: Tensor | None, t_all: float, h_all: float,
+    data_std: float, adams: bool, jump: bool, patch_size: int,
+) -> Tensor:  # fmt: skip
+    """The preview; times come from the tensors, or are `t_all` and `t_all + h_all`."""
     velocity = contiguous_last(velocity)
+    t, next_t, first = (None if s is None else s.contiguous() for s in (t, next_t, first))
     preview = torch.empty_like(x)
     B, _, _, R = x.shape
-    _flow_step_kernel[(triton.cdiv(3 * R * R, BLOCK), B)](
+    tile = _tile(patch_size)
+    _flow_step_kernel[(triton.cdiv(3 * R * R // patch_size, tile["SEGMENTS"]), B)](
         x, velocity, previous, preview, t, next_t,
         first.view(torch.uint8) if first is not None and first.dtype == torch.bool else first,
         t_all, h_all, data_std, velocity.stride(0), velocity.stride(1),
-        ADAMS=adams, JUMP=jump, R=R, P=patch_size, BLOCK=BLOCK,
-        **launch_options(num_warps=4, num_stages=1),
+        ADAMS=adams, JUMP=jump, R=R, P=patch_size, **tile,
+        **OPTIONS,
     )  # fmt: skip
     return preview
 
@@ -155,39 +149,22 @@ def variants(shape: Shape) -> Iterator[Variant]:
     if not isinstance(shape, DenoiserShape):
         return
     R = round(shape.patches**0.5) * shape.patch_size
-    images = dict.fromkeys(("x_ptr", "previous_ptr", "preview_ptr"), "*fp32")
-    scalars = dict.fromkeys(("t", "h", "data_std"), "fp32")
-    strides = ("stride_vb", "stride_vn")
-    absent = dict.fromkeys(("t_ptr", "next_t_ptr", "first_ptr"))
+    rows = ("t_ptr", "next_t_ptr", "first_ptr")
     for dtype in ("bf16", "fp32"):
-        for adams, jump, by_row in ((True, True, True), (True, True, False), (False, True, False)):
-            rows = {"t_ptr": "*fp32", "next_t_ptr": "*fp32", "first_ptr": "*u8"} if by_row else {}
+        signature = dict.fromkeys(("x_ptr", "previous_ptr", "preview_ptr"), "*fp32")
+        signature |= dict.fromkeys(("t", "h", "data_std"), "fp32")
+        signature |= {"velocity_ptr": f"*{dtype}", "stride_vb": "i32", "stride_vn": "i32"}
+        for adams, by_row in ((True, True), (True, False), (False, False)):
+            times = dict(zip(rows, ("*fp32", "*fp32", "*u8"), strict=True)) if by_row else {}
+            constants: dict[str, int | None] = {} if by_row else dict.fromkeys(rows)
+            constants |= {"ADAMS": adams, "JUMP": True, "R": R, "P": shape.patch_size}
             yield Variant(
                 kernel=_flow_step_kernel,
-                signature=images
-                | {"velocity_ptr": f"*{dtype}"}
-                | scalars
-                | dict.fromkeys(strides, "i32")
-                | rows,
-                constants={"ADAMS": adams, "JUMP": jump, "R": R, "P": shape.patch_size}
-                | {"BLOCK": BLOCK}
-                | ({} if by_row else absent),
-                aligned=strides,
-                options=launch_options(num_warps=4, num_stages=1),
+                signature=signature | times,
+                constants=constants | _tile(shape.patch_size),
+                aligned=("stride_vb", "stride_vn"),
+                options=OPTIONS,
             )
-
-
-def _check(name: str, tensor: Any, shape: tuple[int, ...], dtypes: Any, x: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"flow_step: expected {name} a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"flow_step: expected {name} in one of {dtypes}, got {tensor.dtype}")
-    if tensor.shape != shape:
-        raise ValueError(f"flow_step: expected {name} {list(shape)}, got {list(tensor.shape)}")
-    if tensor.device != x.device:
-        raise ValueError(f"flow_step: expected {name} on {x.device}, got {tensor.device}")
-    if name in ("x", "previous") and not tensor.is_contiguous():
-        raise ValueError(f"flow_step: expected {name} contiguous, got strides {tensor.stride()}")
 
 
 def flow_step(
@@ -207,7 +184,7 @@ def flow_step(
     """Take `x` from time `t` to `next_t` along `velocity`; both are changed in place.
 
     Args:
-        x: `[B, 3, R, R]` fp32 (or fp64), contiguous, in units of `data_std`. Becomes the next state.
+        x: `[B, 3, R, R]` fp32 (or fp64), contiguous, times `data_std`. Becomes the next state.
         velocity: `[B, patches, 3 P P]`, channels in the order (c, p1, p2), fp32, fp16, bf16 or the
             dtype of `x`: the network's output at (x, t).
         previous: like `x`: the velocity of the step before, not read where `first`. Becomes this
@@ -228,35 +205,36 @@ def flow_step(
         ValueError: where a shape, device, stride or value does not fit.
         UnavailableError: where the named implementation cannot run here.
     """
-    _check("x", x, tuple(getattr(x, "shape", ())), (torch.float32, torch.float64), x)
-    B, R, P = x.shape[0], x.shape[-1], patch_size
-    if x.ndim != 4 or x.shape != (B, 3, R, R):
-        raise ValueError(f"flow_step: expected x [B, 3, R, R], got {list(x.shape)}")
-    if not isinstance(P, int) or P < 1 or R % P:
-        raise ValueError(f"flow_step: expected patch_size dividing {R}, got {P!r}")
-    if solver not in SOLVERS or preview not in PREVIEWS:
-        raise ValueError(
-            f"flow_step: expected solver in {SOLVERS} and preview in {PREVIEWS}, "
-            f"got {solver!r} and {preview!r}"
-        )
-    if not data_std > 0:
-        raise ValueError(f"flow_step: expected data_std > 0, got {data_std!r}")
-    shape = (B, (R // P) ** 2, 3 * P * P)
-    _check("velocity", velocity, shape, (*TRITON_DTYPES, x.dtype), x)
+    op, exact = "flow_step", (torch.float32, torch.float64)
+    check_tensor(op, "x", x, {"B": None, "C": 3, "height": None, "width": None}, exact)
+    B, _, R, width = x.shape
+    if width != R or not isinstance(patch_size, int) or patch_size < 1 or R % patch_size:
+        got = f"{list(x.shape)} and {patch_size!r}"
+        raise ValueError(f"{op}: expected x [B, 3, R, R] and patch_size dividing R, got {got}")
+    G, dtype, device = R // patch_size, x.dtype, x.device
+    sizes = {"B": B, "patches": G * G, "3 P P": 3 * patch_size**2}
+    check_tensor(op, "velocity", velocity, sizes, (*TRITON_DTYPES, dtype), device)
     if previous is not None:
-        _check("previous", previous, tuple(x.shape), (x.dtype,), x)
+        sizes = {"B": B, "C": 3, "height": R, "width": R}
+        check_tensor(op, "previous", previous, sizes, (dtype,), device)
+    for name, tensor in (("x", x), ("previous", previous)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{op}: expected {name} contiguous, got strides {tensor.stride()}")
     if isinstance(first, Tensor):
-        _check("first", first, (B,), FLAGS, x)
+        check_tensor(op, "first", first, {"B": B}, FLAGS, device)
     by_row = isinstance(t, Tensor) or isinstance(next_t, Tensor)
     for name, time in (("t", t), ("next_t", next_t)):
         if by_row:
-            _check(name, time, (B,), (x.dtype,), x)
+            check_tensor(op, name, time, {"B": B}, (dtype,), device)
         elif not 0 <= time <= 1:
-            raise ValueError(f"flow_step: expected {name} in [0, 1], got {time!r}")
+            raise ValueError(f"{op}: expected {name} in [0, 1], got {time!r}")
+    if solver not in SOLVERS or preview not in PREVIEWS or not data_std > 0:
+        expected = f"solver in {SOLVERS}, preview in {PREVIEWS} and data_std > 0"
+        raise ValueError(f"{op}: expected {expected}, got {solver!r}, {preview!r}, {data_std!r}")
     with torch.no_grad():
         if OP.pick(x.device.type, x.dtype, implementation) == "torch":
-            h = next_t - t
-            step = flow_step_ref(x, velocity, previous, t, h, data_std, solver, P, first, preview)
+            options = data_std, solver, patch_size, first, preview
+            step = flow_step_ref(x, velocity, previous, t, next_t - t, *options)
             x.copy_(step.x)
             if previous is not None:
                 previous.copy_(step.previous)
@@ -264,7 +242,8 @@ def flow_step(
         times = (t, next_t) if by_row else (None, None)
         numbers = (0.0, 0.0) if by_row else (t, next_t - t)
         adams = solver == "adams2" and previous is not None and first is not True
+        jump = preview == "jump"
         flags = first if isinstance(first, Tensor) else None
         return _flow_step(
-            x, velocity, previous, *times, flags, *numbers, data_std, adams, preview == "jump", P
+            x, velocity, previous, *times, flags, *numbers, data_std, adams, jump, patch_size
         )
