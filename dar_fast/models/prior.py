@@ -6,15 +6,17 @@ Decoding reads every weight once a code, for both guidance rows. Source: arXiv 2
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_fast.config import PriorConfig
+from dar_fast.models.decoding import start_decoding
 from dar_fast.models.layers import Rotary, rope_angles
 from dar_fast.sampling import GuidanceScale, Sampling, resolve_seeds
-from dar_kernels import NormedResidual, guided_sample, rms_norm_residual, rope_2d, swiglu
+from dar_kernels import NormedResidual, rms_norm_residual, rope_2d, swiglu
 
 INIT_STD = 0.02
 
@@ -152,13 +154,21 @@ class Prior(nn.Module):
     def device(self) -> torch.device:
         return self.norm.weight.device
 
+    def blocks(self) -> Iterator[PriorBlock]:
+        """The layers in order."""
+        return (cast(PriorBlock, layer) for layer in self.layers)
+
+    def new_cache(self, rows: int) -> KVCache:
+        """An empty cache for so many rows, in the dtype of the weights."""
+        return KVCache(self.config, rows, self.device, self.head.weight.dtype)
+
     def hidden(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Normalised last hidden rows of embedded inputs `[B, n, D]`, behind a cache if given."""
         start = cache.length if cache is not None else 0
         end = start + x.shape[1]
         cos, sin = self.rotary.tables(x.device)
         x, delta = self.dropout(x), None
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.blocks()):
             x, delta = layer(x, delta, (cos[start:end], sin[start:end]), cache, i)
         if cache is not None:
             cache.length = end
@@ -241,8 +251,12 @@ class Prior(nn.Module):
         seeds: int | Sequence[int] | Tensor | None = None,
         prefix_codes: Tensor | None = None,
         chunk: int = 1,
+        implementation: str | None = None,
     ) -> Iterator[Tensor]:
         """Codes as they are drawn, `[B, chunk]` at a time; stop iterating to stop the work.
+
+        `implementation` of the decode step: `native` (CPU) or `torch`, this module; None: the first
+        that can run.
 
         Raises:
             ValueError: before the first chunk, where a shape or a range does not fit.
@@ -259,28 +273,10 @@ class Prior(nn.Module):
             raise ValueError(f"prefix_codes: expected [{B}, P], got {list(prefix_codes.shape)}")
         prefix = prefix_codes.to(device)
         keys = torch.tensor(resolve_seeds(seeds, B), dtype=torch.int64, device=device)
-        scales = sampling.scales(N).tolist()
-        P = prefix.shape[1]
-        guided = any(s > 1 for s in scales[P:])
-
-        def rows(x: Tensor) -> Tensor:
-            return torch.cat((x, x)) if guided else x
-
+        guided = bool((sampling.scales(N)[prefix.shape[1] :] > 1).any())
         classes = labels
         if guided:
             classes = torch.cat((labels, torch.full_like(labels, self.config.null_class)))
-        cache = KVCache(self.config, len(classes), device, self.head.weight.dtype)
-        x = self.embed(rows(prefix), classes)
-        pending = [prefix[:, i] for i in range(P)]
-        for p in range(N):
-            if p >= P:
-                logits = self.head(self.hidden(x, cache)[:, -1]).float()  # [rows, V]
-                cond, uncond = logits.chunk(2) if guided else (logits, None)
-                code = guided_sample(
-                    cond, uncond, keys, torch.full_like(keys, p), guidance_scale=scales[p],
-                    temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
-                )  # fmt: skip
-                x = self.token_embedding(rows(code))[:, None]
-                pending.append(code)
-            if (p + 1) % chunk == 0:
-                yield torch.stack(pending[p + 1 - chunk : p + 1], dim=1)
+        run = start_decoding(self, classes, sampling, keys, prefix, implementation)
+        for _ in range(0, N, chunk):
+            yield run.take(chunk)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dar_kernels import native
 from dar_kernels.decoder_weights import DecoderPages, DecoderWeights
-from dar_kernels.dispatch import UnavailableError
+from dar_kernels.dispatch import Implementation, Op, UnavailableError
 from dar_kernels.pages import PAGE_SIZE
 from dar_kernels.quantize import quantize_weight
 
@@ -66,6 +66,22 @@ def decode_step_ref(
         h = _rms_norm(x, layer.mlp_norm, weights.eps)
         x = x + (torch.nn.functional.silu(h @ layer.gate.T) * (h @ layer.up.T)) @ layer.down.T
     return _rms_norm(x, weights.norm, weights.eps) @ weights.head.T
+
+
+OP = Op(
+    name="decode_step",
+    implementations=(
+        Implementation(
+            name="native",
+            run=lambda weights: NativeDecoder(weights),
+            devices=("cpu",),
+            dtypes=WEIGHT_DTYPES,
+            backward=False,
+            missing=native.missing,
+        ),
+        Implementation(name="torch", run=decode_step_ref),
+    ),
+)
 
 
 class NativeDecoder:

@@ -7,9 +7,22 @@ from golden_fixtures import check_gradients, golden, golden_prior, relative_erro
 
 from dar_fast.models.prior import KVCache
 from dar_fast.sampling import Sampling, filter_logits
+from dar_kernels import UnavailableError, prefer
 
 NAME = "prior_tiny"
 TOLERANCE = 1e-5
+
+
+@pytest.fixture(autouse=True, params=["torch", "native", "triton"])
+def _implementation(request):
+    """Every test under every implementation; the ops that lack one choose as ever."""
+    try:
+        with prefer(request.param):
+            yield
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
 GUIDANCE = {"none": 1.0, "const": 4.0, "linear": (1.1, 8.0)}
 
 

@@ -10,8 +10,20 @@ from golden_fixtures import (
     relative_error,
 )
 
+from dar_kernels import UnavailableError, prefer
+
 NAMES = ("tokenizer_tiny", "tokenizer_k4")
 TOLERANCE = 1e-5
+
+
+@pytest.fixture(autouse=True, params=["torch", "native", "triton"])
+def _implementation(request):
+    """Every test under every implementation; the ops that lack one choose as ever."""
+    try:
+        with prefer(request.param):
+            yield
+    except UnavailableError as error:
+        pytest.skip(str(error))
 
 
 def conditions(name):
