@@ -14,24 +14,22 @@ import os
 import pkgutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import dar_kernels
-from dar_fast.config import PRIORS, TOKENIZERS
 from dar_fast.files import atomic_write
 from dar_kernels.aot import (
     ARCHITECTURES,
-    DecoderShape,
-    DenoiserShape,
     Resources,
-    Shape,
     Variant,
     compile_variant,
 )
 from measure import finish
+from presets import shapes
 
 PAGE = Path(__file__).parents[1] / "kernels" / "RESOURCES.md"
 REGISTERS = 255  # that one thread can have
@@ -51,28 +49,27 @@ class Row(NamedTuple):
 Table = dict[Row, Resources]
 
 
-def shapes() -> Iterator[Shape]:
-    """The sizes of every preset."""
-    for prior in PRIORS.values():
-        yield DecoderShape(
-            dim=prior.dim, heads=prior.heads, kv_heads=prior.key_value_heads,
-            hidden_dim=prior.hidden_dim, vocab_size=prior.vocab_size,
-        )  # fmt: skip
-    for tokenizer in TOKENIZERS.values():
-        dit = tokenizer.dit
-        yield DenoiserShape(
-            dim=dit.dim, head_dim=dit.head_dim, condition_tokens=tokenizer.group_size,
-            patches=(tokenizer.image_size // dit.patch_size) ** 2, patch_size=dit.patch_size,
-            codebook_size=tokenizer.codebook_size, code_dim=tokenizer.code_dim,
-        )  # fmt: skip
-
-
-def modules() -> list[str]:
-    """The modules of dar_kernels that have `variants`."""
+def every_module() -> list[ModuleType]:
     names = [f"dar_kernels.{m.name}" for m in pkgutil.iter_modules(dar_kernels.__path__)]
-    found = (importlib.import_module(name) for name in names if not name.endswith("._native"))
-    own = ((m.__name__, getattr(vars(m).get("variants"), "__module__", None)) for m in found)
-    return [name for name, origin in own if name == origin]
+    return [importlib.import_module(name) for name in names if not name.endswith("._native")]
+
+
+def op_modules() -> list[str]:
+    """The modules of dar_kernels that have an op and its `variants`."""
+    return [m.__name__ for m in every_module() if hasattr(m, "OP") and hasattr(m, "variants")]
+
+
+def not_covered(table: Iterable[Row]) -> list[str]:
+    """The kernels that no preset launches: nothing would be known of them."""
+    known = {(row.module, row.kernel) for row in table}
+    found = []
+    for module in every_module():
+        home = module.__name__.removeprefix("dar_kernels.")
+        for name, value in vars(module).items():
+            own = getattr(getattr(value, "fn", None), "__module__", None) == module.__name__
+            if own and name.endswith("_kernel") and (home, name.strip("_")) not in known:
+                found.append(f"{home} {name}: no variant")
+    return found
 
 
 def jobs(names: list[str]) -> dict[tuple[Any, ...], tuple[Row, Variant]]:
@@ -80,7 +77,7 @@ def jobs(names: list[str]) -> dict[tuple[Any, ...], tuple[Row, Variant]]:
     found = {}
     for name in names:
         module = importlib.import_module(name)
-        for shape in shapes():
+        for shape in shapes().values():
             for v in module.variants(shape):
                 home = v.kernel.fn.__module__.removeprefix("dar_kernels.")
                 same = (v.signature, v.constants, v.options)
@@ -200,14 +197,16 @@ def main() -> None:
     import triton
 
     start = time.perf_counter()
-    names = args.module or modules()
+    names = args.module or op_modules()
     version, old = committed()
     failed: list[str] = []
     if args.list:
         table = {row: Resources(0, 0, 0) for row, _ in jobs(names).values()}
     else:
         table, failed = compile_all(names)
-    if args.module:
+    if not args.module:
+        failed += not_covered(table)
+    else:
         old = {row: r for row, r in old.items() if row.module in {row.module for row in table}}
     changed = differences(table, old, figures=not args.list and version == triton.__version__)
     if args.write and not (args.list or args.module or failed):

@@ -27,10 +27,10 @@ fi
     || { echo "not installed: running from the source folders"
          export PYTHONPATH="$PWD:$PWD/kernels:$PWD/train"; }
 
-step doctor 60 "$python" -m dar_fast.cli doctor --json
-step tests 240 "$python" -m pytest -q -m "not slow" tests/dar_fast/test_golden_cuda.py \
+step doctor 30 "$python" -m dar_fast.cli doctor --json
+step tests 200 "$python" -m pytest -q -m "not slow" tests/dar_fast/test_golden_cuda.py \
     tests/dar_fast/test_golden_tokenizer.py tests/dar_fast/test_golden_prior.py tests/dar_kernels
-step vq_nearest 60 "$python" bench/vq_nearest.py --out "$out/vq_nearest.json"
-step sampling 150 "$python" bench/sampling.py --out "$out/sampling.json"
-step operators 60 "$python" bench/operators.py --out "$out/operators.json"
+step kernels 200 "$python" bench/gpu_kernels.py --seconds 150 --out "$out/kernels.json"
+step sampling 120 "$python" bench/sampling.py --out "$out/sampling.json"
+step operators 40 "$python" bench/operators.py --out "$out/operators.json"
 exit $failed

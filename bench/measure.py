@@ -46,6 +46,41 @@ def read_bandwidth(device: str = "cpu", size: int = 2**29) -> float:
     return size / seconds(lambda: x.sum(), 8, best=True)
 
 
+def copy_bandwidth(size: int = 2**30) -> float:
+    """Bytes/s read and written of a copy on the GPU, by CUDA events, the median of 20."""
+    x = torch.randn(size // 4, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * size / device_seconds(lambda: y.copy_(x))
+
+
+def graphed(run: Callable[[], object]) -> Callable[[], object]:
+    """`run` as a CUDA graph, so that no launch is waited for; raises where it reads back."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, tunes, allocates
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def device_seconds(run: Callable[[], object], repeats: int = 20) -> float:
+    """Median seconds on the GPU by CUDA events; the second-level cache holds none of it before."""
+    cache = torch.empty(2**28, dtype=torch.int8, device="cuda")  # over four times the largest L2
+    run()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        cache.zero_()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+
+
 def about() -> dict[str, Any]:
     """Device, versions and commit, for the head of a result."""
     facts = doctor()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dar_kernels import native, triton_support
 from dar_kernels.dispatch import Implementation, Op
-from dar_kernels.vq_nearest_triton import launch
+from dar_kernels.vq_nearest_triton import launch, variants
 
 EPS = 1e-12  # smallest norm divided by, as torch.nn.functional.normalize
 TILE_M = 2048  # scores of one tile: 2048·1024·4 bytes, which a CPU's second-level cache and L3 hold
@@ -158,3 +158,6 @@ def vq_nearest(z: Tensor, codebook: Tensor, *, implementation: str | None = None
         raise ValueError(f"vq_nearest: expected codebook on {z.device}, got {codebook.device}")
     codes: Tensor = _vq_nearest(z, codebook, implementation)
     return codes
+
+
+__all__ = ["OP", "variants", "vq_nearest", "vq_nearest_ref"]
