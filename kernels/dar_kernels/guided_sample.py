@@ -110,17 +110,18 @@ def _compiled(
     logits: Tensor, uncond: Tensor | None, seeds: Tensor, positions: Tensor, *settings: Setting
 ) -> Tensor:
     """C++ on the CPU, kernels/csrc/guided_sample.cpp."""
-    extension = import_module("dar_kernels._native")
+    from dar_kernels import _native
+
     codes = torch.empty(len(logits), dtype=torch.int64)
     dtypes = (torch.float32, torch.float32, torch.int32, torch.float32)
-    rows = (
+    s, t, k, p = (
         torch.as_tensor(x, dtype=dtype).expand(codes.shape).contiguous()
         for x, dtype in zip(settings, dtypes, strict=True)
     )
     uncond = logits.new_empty(0, 0) if uncond is None else uncond
-    extension.guided_sample(
+    _native.guided_sample(
         logits.float().contiguous(), uncond.float().contiguous(), seeds.contiguous(),
-        positions.contiguous(), *rows, codes, torch.get_num_threads(),
+        positions.contiguous(), s, t, k, p, codes, torch.get_num_threads(),
     )  # fmt: skip
     return codes
 
@@ -202,10 +203,9 @@ def guided_sample(
 ) -> Tensor:  # fmt: skip
     """One code a row by Gumbel-max; a row's code depends on that row's arguments alone.
 
-    Order: guidance (where the scale is > 1), temperature, top-k (ties with the k-th stay), top-p (a
-    code stays while the mass of strictly larger logits is ≤ top_p), noise. The lowest code of ties
-    wins. NaN counts as −inf, +inf as the largest fp32; a row of −inf gives code 0. Settings as
-    tensors are not read back, so their ranges are the caller's to keep.
+    Order: guidance (where the scale is > 1), temperature, top-k and top-p as `filter_ref` defines
+    them, noise. The lowest code of ties wins. NaN counts as −inf, +inf as the largest fp32; a row of
+    −inf gives code 0. Settings as tensors are not read back: their ranges are the caller's to keep.
 
     Args:
         logits: `[R, V]` fp32, fp16 or bf16; worked on in fp32. Triton: V ≤ 16384.
