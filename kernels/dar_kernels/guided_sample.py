@@ -204,8 +204,8 @@ def guided_sample(
     """One code a row by Gumbel-max; a row's code depends on that row's arguments alone.
 
     Order: guidance (where the scale is > 1), temperature, top-k and top-p as `filter_ref` defines
-    them, noise. The lowest code of ties wins. NaN counts as −inf, +inf as the largest fp32; a row of
-    −inf gives code 0. Settings as tensors are not read back: their ranges are the caller's to keep.
+    them, noise. The lowest code of ties wins. NaN counts as −inf, +inf as the largest fp32; in a
+    row of −inf it is 0. Settings as tensors are not read back: their ranges are for the caller.
 
     Args:
         logits: `[R, V]` fp32, fp16 or bf16; worked on in fp32. Triton: V ≤ 16384.
