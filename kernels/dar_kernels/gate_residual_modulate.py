@@ -128,13 +128,9 @@ def _(
 
 @torch.library.custom_op("dar::gate_residual_modulate_backward", mutates_args=())
 def _gate_residual_modulate_backward(
-    dresidual: Tensor,
-    dmodulated: Tensor,
-    residual: Tensor,
-    y: Tensor,
-    gate: Tensor,
+    dresidual: Tensor, dmodulated: Tensor, residual: Tensor, y: Tensor, gate: Tensor,
     scale: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dy, dgate and dscale, the last one empty where there is no scale; residual is dense."""
     dresidual_, dmodulated_ = as_rows(dresidual), as_rows(dmodulated)
     y_, gate_ = as_rows(y), as_rows(gate)
@@ -199,11 +195,10 @@ def variants(shape: Shape) -> Iterator[Variant]:
         strides = [n for n in kernel.arg_names if n.startswith("stride_")]
         pointers = [n for n in kernel.arg_names if n.endswith("_ptr")]
         for dtype, modulate in (("bf16", True), ("bf16", False), ("fp32", True)):
+            signature = dict.fromkeys((*strides, "D"), "i32") | {"eps": "fp32"}
             yield Variant(
                 kernel=kernel,
-                signature=dict.fromkeys(pointers, f"*{dtype}")
-                | dict.fromkeys((*strides, "D"), "i32")
-                | {"eps": "fp32"},
+                signature=signature | dict.fromkeys(pointers, f"*{dtype}"),
                 constants={"MODULATE": modulate, "BLOCK_D": block},
                 aligned=(*strides, "D"),
                 options=options,
@@ -241,10 +236,8 @@ def gate_residual_modulate(
     """
     modulation = {k: t for k, t in (("shift", shift), ("scale", scale)) if t is not None}
     if len(modulation) == 1:
-        raise ValueError(
-            f"gate_residual_modulate: expected shift and scale or neither, got {list(modulation)}"
-        )
-    check_alike("gate_residual_modulate", x, y=y, gate=gate, **modulation)
+        raise ValueError(f"{OP.name}: expected shift and scale or neither, got {list(modulation)}")
+    check_alike(OP.name, x, y=y, gate=gate, **modulation)
     grad = needs_grad(x, y, gate, shift, scale) or modulate_native.blocked(x.device.type)
     chosen = OP.pick(x.device.type, x.dtype, implementation, grad)
     if chosen == "torch":

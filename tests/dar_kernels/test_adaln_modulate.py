@@ -27,7 +27,7 @@ def draw(B, N, D, seed=0, spread=1.0, offset=0.0):
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 35, 64), (1, 3, 40), (3, 1, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 33, 24), (1, 3, 72), (3, 1, 7)], ids=str)
 def test_no_less_accurate_than_torch(shape, dtype):
     check_against_truth(triton_op, adaln_modulate_ref, draw(*shape), dtype)
 
@@ -44,7 +44,7 @@ def test_large_tiles(hopper, monkeypatch):
     tiles = adaln_modulate_triton._tiles(10**6, 128, 2, hopper)[0] | {"PDL": False}
     options = adaln_modulate_triton.launch_options(num_warps=8, num_stages=3)
     monkeypatch.setattr(adaln_modulate_triton, "_tiles", lambda *sizes: (tiles, options))
-    inputs = draw(2, 70, 128)
+    inputs = draw(1, 130, 128)
     check_against_truth(triton_op, adaln_modulate_ref, inputs, torch.float16, gradients=False)
 
 
@@ -90,7 +90,7 @@ def test_torch_gradients():
 
 @needs_triton
 def test_registration():
-    torch.library.opcheck(_adaln_modulate, [t.requires_grad_() for t in draw(1, 2, 16)])
+    torch.library.opcheck(_adaln_modulate, [t.requires_grad_() for t in draw(1, 2, 8)])
 
 
 @either
