@@ -4,8 +4,9 @@
 
 Exits 1 where a kernel does not compile, spills registers, or needs more registers or shared memory
 than the chip has. The results are held against kernels/RESOURCES.md, which --write writes anew: its
-figures where the Triton version is that of the page, its rows always. Two processes; Triton's cache
-makes a second run quick. The last line is one JSON document.
+figures where the Triton version is that of the page, its rows always. GROUPED is prior L with the
+query heads in groups, as a configuration may have them and no preset has. Two processes; Triton's
+cache makes a second run quick. The last line is one JSON document.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import dar_kernels
 from dar_fast.files import atomic_write
 from dar_kernels.aot import (
     ARCHITECTURES,
+    DecoderShape,
     Resources,
     Variant,
     compile_variant,
@@ -35,6 +37,7 @@ PAGE = Path(__file__).parents[1] / "kernels" / "RESOURCES.md"
 REGISTERS = 255  # that one thread can have
 PROCESSES = 2
 VERSION = "Triton "
+GROUPED = DecoderShape(dim=1024, heads=16, kv_heads=4, hidden_dim=2816, vocab_size=16_384)
 
 
 class Row(NamedTuple):
@@ -77,7 +80,7 @@ def jobs(names: list[str]) -> dict[tuple[Any, ...], tuple[Row, Variant]]:
     found = {}
     for name in names:
         module = importlib.import_module(name)
-        for shape in shapes().values():
+        for shape in (*shapes().values(), GROUPED):
             for v in module.variants(shape):
                 home = v.kernel.fn.__module__.removeprefix("dar_kernels.")
                 same = (v.signature, v.constants, v.options)
