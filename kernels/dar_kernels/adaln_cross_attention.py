@@ -206,11 +206,12 @@ def adaln_cross_attention(
             raise ValueError(f"{op}: expected {name} on {x.device}, got {t.device}")
         if t.dtype != dtype and not (autocast and name not in ("cos", "sin")):
             raise TypeError(f"{op}: expected {name} in {dtype}, got {t.dtype}")
-    fits = D <= MAX_DIM and Dh <= MAX_HEAD_DIM and Q <= MAX_KEYS and N * D < 2**31
+    small = N * max(D, H * Q) < 2**31  # offsets within a picture are int32
+    fits = D <= MAX_DIM and Dh <= MAX_HEAD_DIM and Q <= MAX_KEYS and small
     if implementation == "triton" and not fits:
         raise ValueError(
-            f"{op}: expected D <= {MAX_DIM}, Dh <= {MAX_HEAD_DIM}, Q <= {MAX_KEYS} and N D < 2^31 "
-            f"for triton, got D {D}, Dh {Dh}, Q {Q}, N {N}"
+            f"{op}: expected D <= {MAX_DIM}, Dh <= {MAX_HEAD_DIM}, Q <= {MAX_KEYS} and N max(D, "
+            f"H Q) < 2^31 for triton, got D {D}, Dh {Dh}, Q {Q}, N {N}"
         )
     inputs = weight, q_bias, q_norm_weight, q_norm_bias, keys, values_out, out_bias, time
     grad = needs_grad(x, *inputs) or modulate_native.blocked(x.device.type)
