@@ -63,8 +63,7 @@ def _torch(q: Tensor, pages: Pages, block_table: Tensor, lengths: Tensor, scale:
 
 
 def _triton(q: Tensor, pages: Pages, block_table: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = paged_attention_triton(q, *pages, block_table, lengths, scale, 0)
+    out: Tensor = paged_attention_triton(q, *pages, block_table, lengths, scale, 0)
     return out
 
 
@@ -143,9 +142,10 @@ def paged_attention(
         starts = torch.arange(0, most, PAGE_SIZE)
         check_entries(op, block_table, starts < lengths[:, None], len(pages.keys))
     scale = Dh**-0.5 if scale is None else float(scale)
-    if OP.pick(q.device.type, q.dtype, implementation) == "torch":
-        return _torch(q, pages, block_table, lengths, scale)
-    return _triton(q, pages, block_table, lengths, scale)
+    chosen = OP.pick(q.device.type, q.dtype, implementation)
+    run = _torch if chosen == "torch" else _triton
+    with torch.no_grad():
+        return run(q, pages, block_table, lengths, scale)
 
 
 __all__ = ["OP", "paged_attention", "paged_attention_ref", "variants"]

@@ -176,14 +176,12 @@ def qkv_rope_append(
         column = torch.arange(block_table.shape[1])
         used = (positions[:, None].div(PAGE_SIZE, rounding_mode="floor")) == column
         check_entries(op, block_table, used, len(pages.keys))
-    if OP.pick(qkv.device.type, qkv.dtype, implementation) == "torch":
-        if len(qkv) == 0:
-            return qkv.new_empty(0, heads, Dh)
-        return _torch(qkv, cos, sin, positions, *pages, block_table, heads, kv_heads)
-    with torch.no_grad():
-        q: Tensor = qkv_rope_append_triton(
-            qkv, cos, sin, positions, *pages, block_table, heads, kv_heads
-        )
+    if len(qkv) == 0:
+        return qkv.new_empty(0, heads, Dh)
+    chosen = OP.pick(qkv.device.type, qkv.dtype, implementation)
+    run = _torch if chosen == "torch" else qkv_rope_append_triton
+    with torch.no_grad():  # else pages would keep the graph of every row that they hold
+        q: Tensor = run(qkv, cos, sin, positions, *pages, block_table, heads, kv_heads)
     return q
 
 

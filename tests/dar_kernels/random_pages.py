@@ -46,7 +46,9 @@ def random_case(
             for codes, scales in (pages[0::2], pages[1::2]):
                 x = torch.randn(kv_heads, n, head_dim, generator=generator)
                 if scales is not None:
-                    x, scales[page, :, :n] = quantise(x * torch.rand(n, 1) * 3, page_dtype)
+                    x, scales[page, :, :n] = quantise(
+                        x * torch.rand(n, 1, generator=generator) * 3, page_dtype
+                    )
                 codes[page, :, :n] = x.to(codes.dtype)
     q = torch.randn(len(lengths), heads, head_dim, generator=generator).to(dtype)
     moved = [None if part is None else part.to(DEVICE) for part in pages]

@@ -43,8 +43,8 @@ def test_no_less_accurate_than_torch(heads, kv_heads, head_dim, dtype, page_dtyp
 @needs_triton
 @pytest.mark.parametrize(
     ("lengths", "heads", "head_dim"),
-    [([256, 255], 16, 64), ([225], 32, 100), ([256], 32, 128), ([64], 4, 64)],
-    ids=["L, guided", "3B", "7B, split", "demo"],
+    [([256, 255], 16, 64), ([225], 8, 100), ([256], 8, 128), ([64], 4, 64)],
+    ids=["L, guided", "heads of 3B", "heads of 7B, split", "demo"],
 )
 def test_presets(lengths, heads, head_dim):
     check(random_case(lengths, heads, heads, head_dim, torch.bfloat16, max_pages=8), "triton")

@@ -16,6 +16,11 @@ EVERY = ["torch", *(["triton"] if TRITON else [])]
 needs_triton = pytest.mark.skipif(not TRITON, reason="Triton is not installed")
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def tables(tokens, head_dim):
     """cos and sin of the prior's positions."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
@@ -161,14 +166,16 @@ def test_appending_and_attending_is_causal_attention(page_dtype, bound, implemen
     table = integers([[2, 0], [3, 1]])
     qkv = torch.randn(tokens, rows, (heads + 2 * kv_heads) * head_dim, device=DEVICE)
     outs = []
-    for i in range(tokens):
+    for first, last in ((0, 30), (30, 31), (31, 32), (32, 33), (33, tokens)):  # a prompt, then rows
+        n = last - first
+        at = integers([*range(first, last)]).repeat_interleave(rows)
         q = qkv_rope_append(
-            qkv[i], cos, sin, integers([i] * rows), pages, table,
+            qkv[first:last].flatten(0, 1), cos, sin, at, pages, table.repeat(n, 1),
             heads=heads, kv_heads=kv_heads, implementation=implementation,
-        )  # fmt: skip
-        lengths = integers([i + 1] * rows)
+        )[-rows:]  # fmt: skip
+        lengths = integers([last] * rows)
         outs.append(paged_attention(q, pages, table, lengths, implementation=implementation))
-    ours = torch.stack(outs, 2)  # [R, H, N, Dh]
+    ours = torch.stack(outs, 2)  # [R, H, 5, Dh]
 
     x = qkv.double().unflatten(-1, (-1, head_dim)).permute(1, 2, 0, 3)  # [R, H + 2·Hkv, N, Dh]
     pairs = torch.view_as_complex(x[:, : heads + kv_heads].unflatten(-1, (-1, 2)).contiguous())
@@ -176,7 +183,7 @@ def test_appending_and_attending_is_causal_attention(page_dtype, bound, implemen
     truth = torch.nn.functional.scaled_dot_product_attention(
         turned[:, :heads], turned[:, heads:], x[:, heads + kv_heads :], is_causal=True,
         enable_gqa=True,
-    )  # fmt: skip
+    )[:, :, -len(outs) :]  # fmt: skip
     assert relative_error(ours, truth) < bound
 
 
@@ -238,6 +245,20 @@ def test_no_rows_and_fp64():
     assert torch.equal(pages.values[0, 0, 0], qkv[0, 24:])
     none = integers([[0]])[:0]
     assert qkv_rope_append(qkv[:0], cos, sin, none[:, 0], pages, none, **options).shape == (0, 2, 8)
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+def test_keeps_no_graph(implementation):
+    cos, sin = tables(32, 8)
+    pages = new_pages(1, 1, 8, dtype=torch.float32, device=DEVICE)
+    table, at = integers([[0]]), integers([0])
+    qkv = torch.randn(1, 32, device=DEVICE, requires_grad=True)
+    options = {"heads": 2, "kv_heads": 1, "implementation": implementation}
+    q = qkv_rope_append(qkv, cos, sin, at, pages, table, **options)
+    out = paged_attention(
+        q.detach().requires_grad_(), pages, table, at + 1, implementation=implementation
+    )
+    assert not any(t.requires_grad for t in (q, pages.keys, pages.values, out))
 
 
 def test_errors():
