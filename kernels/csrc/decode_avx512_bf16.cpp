@@ -7,19 +7,20 @@ namespace {
 struct Bf16 {
     using Weight = uint16_t;
     using Vector = __m512i;
-    using Row = __m512i;
     using Sum = __m512;
     static constexpr int64_t STEP = 32, BYTES = 2;
-    static constexpr int ROWS = 4;
+    static constexpr int ROWS = 4, PLANES = 1;
 
     static Sum zero() { return _mm512_setzero_ps(); }
     static Vector load(const uint16_t *p) { return _mm512_loadu_si512(p); }
     static Vector load_part(const uint16_t *p, int64_t n) { return _mm512_maskz_loadu_epi16((1U << n) - 1, p); }
-    static Row row(const char *p) { return _mm512_loadu_si512(p); }
-    static void add(Sum &sum, Vector w, Row x) {
-        sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
+    static Vector row(const char *p, int) { return _mm512_loadu_si512(p); }
+    static Sum add(Sum sum, Vector w, Vector x) {
+        return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
     }
-    static void finish(const Sum *sum, const Weights &, const int64_t *, float, float *y) { Avx512::sum4(sum, y); }
+    static void finish(const Sum *sum, const Sum *, const Weights &, const int64_t *, float, float *y) {
+        Avx512::sum4(sum, y);
+    }
 
     static void prepare(const float *x, int64_t K, void *out, float *) {
         uint16_t *y = static_cast<uint16_t *>(out);

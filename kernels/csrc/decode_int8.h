@@ -11,36 +11,33 @@ namespace {
 struct Int8 {
     using Weight = int8_t;
     using Vector = __m512i;
-    struct Row {
-        __m512i high, low;
-    };
-    using Sum = Row;
+    using Sum = __m512i;
     static constexpr int64_t STEP = 64, BYTES = 2; // 64 high bytes, then the 64 low ones
-    static constexpr int ROWS = 2;                 // 16 sums beside 4 weights
+    static constexpr int ROWS = 2, PLANES = 2;     // 16 sums beside 4 weights
 
-    static Sum zero() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+    static Sum zero() { return _mm512_setzero_si512(); }
     static Vector load(const int8_t *p) { return _mm512_loadu_si512(p); }
     static Vector load_part(const int8_t *p, int64_t n) { return _mm512_maskz_loadu_epi8((1ULL << n) - 1, p); }
-    static Row row(const char *p) { return {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64)}; }
-    static void add(Sum &sum, Vector w, const Row &x) {
-        sum.high = _mm512_dpbusd_epi32(sum.high, x.high, w);
-        sum.low = _mm512_dpbusd_epi32(sum.low, x.low, w);
+    static Vector row(const char *p, int plane) { return _mm512_loadu_si512(p + 64 * plane); }
+    // _mm512_dpbusd_epi32, of which GCC 12 makes two copies of every sum in every turn of the loop.
+    static Sum add(Sum sum, Vector w, Vector x) {
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+        return sum;
     }
 
-    static __m128i sum4(__m512i x0, __m512i x1, __m512i x2, __m512i x3) {
-        const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(x0, x1), _mm512_unpackhi_epi32(x0, x1));
-        const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(x2, x3), _mm512_unpackhi_epi32(x2, x3));
+    static __m256i sum4(const Sum *x) { // in 64 bits
+        const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+        const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
         const __m512i c = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
         const __m512i d = _mm512_add_epi32(c, _mm512_shuffle_i32x4(c, c, 0x4E));
-        return _mm512_castsi512_si128(_mm512_add_epi32(d, _mm512_shuffle_i32x4(d, d, 0xB1)));
+        const __m512i e = _mm512_add_epi32(d, _mm512_shuffle_i32x4(d, d, 0xB1));
+        return _mm256_cvtepi32_epi64(_mm512_castsi512_si128(e));
     }
 
-    static void finish(const Sum *sum, const Weights &w, const int64_t *o, float scale, float *y) {
-        const __m256i high = _mm256_cvtepi32_epi64(sum4(sum[0].high, sum[1].high, sum[2].high, sum[3].high));
-        const __m256i low = _mm256_cvtepi32_epi64(sum4(sum[0].low, sum[1].low, sum[2].low, sum[3].low));
+    static void finish(const Sum *high, const Sum *low, const Weights &w, const int64_t *o, float scale, float *y) {
+        const __m256i both = _mm256_add_epi64(_mm256_slli_epi64(sum4(high), 8), sum4(low));
         const __m256i offset = _mm256_setr_epi64x(w.sums[o[0]], w.sums[o[1]], w.sums[o[2]], w.sums[o[3]]);
-        const __m256i all =
-            _mm256_sub_epi64(_mm256_add_epi64(_mm256_slli_epi64(high, 8), low), _mm256_slli_epi64(offset, 15));
+        const __m256i all = _mm256_sub_epi64(both, _mm256_slli_epi64(offset, 15));
         const __m128 scales = _mm_setr_ps(w.scale[o[0]], w.scale[o[1]], w.scale[o[2]], w.scale[o[3]]);
         const __m256d factor = _mm256_mul_pd(_mm256_cvtps_pd(scales), _mm256_set1_pd(scale));
         _mm_storeu_ps(y, _mm256_cvtpd_ps(_mm256_mul_pd(_mm256_cvtepi64_pd(all), factor)));

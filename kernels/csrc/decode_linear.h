@@ -1,7 +1,7 @@
 // Products of a few rows with a matrix that streams from memory: four rows of the matrix side by side, each read once
 // for all rows of the batch. P says how weights of one type meet activations:
-//   Weight, Vector (STEP weights), Row (STEP activations), Sum; ROWS: rows of the batch at a time;
-//   load, load_part (zeros behind n), row, add, finish (four sums to four results).
+//   Weight, Vector (STEP weights or activations), Sum; ROWS: rows of the batch at a time; PLANES of activations;
+//   load, load_part (zeros behind n), row, add, finish (four sums of the first and of the last plane to four results).
 #pragma once
 
 #include "decode_kernels.h"
@@ -21,17 +21,16 @@ template <typename V, typename T> typename V::Float load_part(const T *p, int64_
 template <typename V, typename T> struct Wide {
     using Weight = T;
     using Vector = typename V::Float;
-    using Row = typename V::Float;
     using Sum = typename V::Float;
     static constexpr int64_t STEP = V::LANES, BYTES = sizeof(float);
-    static constexpr int ROWS = V::TILE_ROWS;
+    static constexpr int ROWS = V::TILE_ROWS, PLANES = 1;
 
     static Sum zero() { return V::set(0.0F); }
     static Vector load(const T *p) { return V::load(p); }
     static Vector load_part(const T *p, int64_t n) { return dar::decode::load_part<V>(p, n); }
-    static Row row(const char *p) { return V::load(reinterpret_cast<const float *>(p)); }
-    static void add(Sum &sum, Vector w, Row x) { sum = V::fma(w, x, sum); }
-    static void finish(const Sum *sum, const Weights &w, const int64_t *o, float, float *y) {
+    static Vector row(const char *p, int) { return V::load(reinterpret_cast<const float *>(p)); }
+    static Sum add(Sum sum, Vector w, Vector x) { return V::fma(w, x, sum); }
+    static void finish(const Sum *sum, const Sum *, const Weights &w, const int64_t *o, float, float *y) {
         V::sum4(sum, y);
         if (w.scale != nullptr)
             for (int i = 0; i < OUTPUTS; ++i)
@@ -63,35 +62,38 @@ template <typename P, int ROWS>
 inline void multiply(
     const Weights &weights, const Tile<P> &tile, const Rows &rows, int64_t row, float *out, int64_t stride, bool add
 ) {
-    typename P::Sum sum[ROWS][OUTPUTS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int i = 0; i < OUTPUTS; ++i)
-            sum[r][i] = P::zero();
+    typename P::Sum sum[P::PLANES][ROWS][OUTPUTS];
+    for (int plane = 0; plane < P::PLANES; ++plane)
+        for (int r = 0; r < ROWS; ++r)
+            for (int i = 0; i < OUTPUTS; ++i)
+                sum[plane][r][i] = P::zero();
     const char *x = rows.data + row * rows.stride;
+    const auto add_step = [&](const typename P::Vector *w) {
+        for (int r = 0; r < ROWS; ++r)
+            for (int plane = 0; plane < P::PLANES; ++plane) {
+                const typename P::Vector values = P::row(x + r * rows.stride, plane);
+                for (int i = 0; i < OUTPUTS; ++i)
+                    sum[plane][r][i] = P::add(sum[plane][r][i], w[i], values);
+            }
+        x += P::STEP * P::BYTES;
+    };
     int64_t k = 0;
-    for (; k + P::STEP <= weights.K; k += P::STEP, x += P::STEP * P::BYTES) {
+    for (; k + P::STEP <= weights.K; k += P::STEP) {
         typename P::Vector w[OUTPUTS];
         for (int i = 0; i < OUTPUTS; ++i)
             w[i] = P::load(tile.w[i] + k);
-        for (int r = 0; r < ROWS; ++r) {
-            const typename P::Row values = P::row(x + r * rows.stride);
-            for (int i = 0; i < OUTPUTS; ++i)
-                P::add(sum[r][i], w[i], values);
-        }
+        add_step(w);
     }
     if (k < weights.K) {
         typename P::Vector w[OUTPUTS];
         for (int i = 0; i < OUTPUTS; ++i)
             w[i] = P::load_part(tile.w[i] + k, weights.K - k);
-        for (int r = 0; r < ROWS; ++r) {
-            const typename P::Row values = P::row(x + r * rows.stride);
-            for (int i = 0; i < OUTPUTS; ++i)
-                P::add(sum[r][i], w[i], values);
-        }
+        add_step(w);
     }
     for (int r = 0; r < ROWS; ++r) {
         float y[OUTPUTS];
-        P::finish(sum[r], weights, tile.o, rows.scale == nullptr ? 1.0F : rows.scale[row + r], y);
+        const float scale = rows.scale == nullptr ? 1.0F : rows.scale[row + r];
+        P::finish(sum[0][r], sum[P::PLANES - 1][r], weights, tile.o, scale, y);
         float *to = out + (row + r) * stride;
         for (int64_t i = 0; i < tile.count; ++i)
             to[tile.o[i]] = add ? to[tile.o[i]] + y[i] : y[i];
