@@ -53,9 +53,8 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes of `x` `[..., Dh]` (finite) in `dtype`, to nearest even, and fp32 scales `[...]`."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     largest = x.abs().amax(-1, keepdim=True).clamp_min(TINY)
-    codes = x * torch.full_like(largest, LARGEST_CODE[dtype]).div(
-        largest
-    )  # number / x rounds twice
+    inverse = torch.full_like(largest, LARGEST_CODE[dtype]).div(largest)  # number / x rounds twice
+    codes = x * inverse
     codes = codes.round() if dtype == torch.int8 else codes
     return codes.to(dtype), (largest * (1 / LARGEST_CODE[dtype])).squeeze(-1).float()
 
