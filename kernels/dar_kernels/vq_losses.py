@@ -110,7 +110,7 @@ def variants(shape: Shape) -> Iterator[Variant]:
             yield Variant(
                 kernel=vq_losses_dcodebook_kernel,
                 signature=inputs | segments | dict.fromkeys(("stride_zm", "stride_ev", "C"), "i32"),
-                constants=absent | {"SEGMENT": SEGMENT, "BLOCK_C": blocks["BLOCK_C"]},
+                constants=absent | tile(C, SEGMENT),
                 options=SEGMENT_OPTIONS,
             )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dar_kernels.triton_support import cast, contiguous_last, launch_options, tl, triton
 
 TILE = 512  # values a program: 4 a thread
-SEGMENT = 32  # rows of an entry at a time; an entry of a healthy codebook has few
+SEGMENT = 256  # values of the rows of an entry at a time: 32 rows of 8; most entries have few
 OPTIONS = launch_options(num_warps=4, num_stages=1)  # chosen from AOT registers; not timed
 SEGMENT_OPTIONS = launch_options(num_warps=1, num_stages=1)
 
@@ -96,7 +96,7 @@ def vq_losses_dz_kernel(
 def vq_losses_dcodebook_kernel(
     z_ptr, codebook_ptr, order_ptr, starts_ptr, mask_ptr, dvq_ptr, dcodebook_ptr,
     stride_zm, stride_ev, C,
-    SEGMENT: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     v = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK_C)[None, :]
@@ -104,8 +104,8 @@ def vq_losses_dcodebook_kernel(
     e = tl.load(codebook_ptr + v * stride_ev + c, mask=c < C, other=0.0)
     e, inverse, above = _unit(e)  # [1, BLOCK_C]
     du = tl.zeros([1, BLOCK_C], tl.float32)
-    for start in range(first, last, SEGMENT):
-        at = start + tl.arange(0, SEGMENT)
+    for start in range(first, last, BLOCK_M):
+        at = start + tl.arange(0, BLOCK_M)
         m = tl.load(order_ptr + at, mask=at < last, other=0)
         inside = (at < last)[:, None] & (c < C)
         z = tl.load(z_ptr + m[:, None] * stride_zm + c, mask=inside, other=0.0)
@@ -118,9 +118,10 @@ def vq_losses_dcodebook_kernel(
     tl.store(dcodebook_ptr + v * C + c, cast(de, dcodebook_ptr.dtype.element_ty), mask=c < C)
 
 
-def tile(C: int) -> dict[str, int]:
+def tile(C: int, values: int = TILE) -> dict[str, int]:
+    """Rows and channels of a program that holds so many values."""
     block = int(triton.next_power_of_2(C))
-    return {"BLOCK_M": max(1, TILE // block), "BLOCK_C": block}
+    return {"BLOCK_M": max(1, values // block), "BLOCK_C": block}
 
 
 @torch.library.custom_op("dar::vq_losses", mutates_args=())
@@ -189,7 +190,7 @@ def _vq_losses_dcodebook(
     vq_losses_dcodebook_kernel[(V,)](
         z, codebook, order, starts, mask if mask is None else mask.contiguous(), dvq.contiguous(),
         dcodebook, z.stride(0), codebook.stride(0), C,
-        SEGMENT=SEGMENT, BLOCK_C=triton.next_power_of_2(C),
+        **tile(C, SEGMENT),
         **SEGMENT_OPTIONS,
     )  # fmt: skip
     return dcodebook

@@ -89,6 +89,7 @@ def test_spills_large_blocks_and_broken_kernels_fail(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # 3 minutes on two free cores with an empty cache, 10 on busy ones
 def test_every_kernel_compiles_within_the_limits():
     status, document = aot()
     assert document["failures"] == []

@@ -34,7 +34,7 @@ def gradients(way, z, codebook, codes, mask, upstream):
     [
         (1, 1, 8, False),
         (2 * TILE // 8 + 5, 50, 8, True),
-        (3 * SEGMENT + 7, 2, 8, False),
+        (3 * SEGMENT // 8 + 7, 2, 8, False),
         (40, 90, 8, True),
         (33, 7, 13, True),
         (20, 5, 2, False),
