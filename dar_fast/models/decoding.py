@@ -19,6 +19,8 @@ from dar_kernels.pages import PAGE_SIZE
 if TYPE_CHECKING:
     from dar_fast.models.prior import Prior, PriorBlock
 
+LEAST = torch.finfo(torch.float32).tiny
+
 
 def decoder_weights(prior: "Prior") -> DecoderWeights:
     """The parameters of a prior, uncopied, as `dar_kernels.decode_step` reads them."""
@@ -95,11 +97,25 @@ class PlainDecoding(Decoding):
 
 
 class NativeDecoding(Decoding):
-    """One call into C++ for all the codes asked for; no dropout, whatever the module's mode."""
+    """One call into C++ for all the codes asked for; no dropout, whatever the module's mode.
+
+    `decoder`: one over the weights of `prior`, quantised or kept from an earlier run.
+    """
+
+    def __init__(
+        self,
+        prior: "Prior",
+        classes: Tensor,
+        sampling: Sampling,
+        seeds: Tensor,
+        prefix: Tensor,
+        decoder: NativeDecoder | None = None,
+    ) -> None:
+        self.decoder = decoder or NativeDecoder(decoder_weights(prior))
+        super().__init__(prior, classes, sampling, seeds, prefix)
 
     def _start(self, classes: Tensor) -> None:
         weights = decoder_weights(self.prior)
-        self.decoder = NativeDecoder(weights)
         rows, N = len(classes), self.prior.config.num_tokens
         dtype = torch.float32 if self.prior.head.weight.dtype == torch.float32 else torch.bfloat16
         pages = -(-N // PAGE_SIZE)
@@ -117,7 +133,7 @@ class NativeDecoding(Decoding):
             guidance=self.scales[self.position : self.position + count].expand(B, -1).contiguous(),
             temperature=torch.full((B,), float(sampling.temperature)),
             top_k=torch.full((B,), min(sampling.top_k, 2**31 - 1), dtype=torch.int32),
-            top_p=torch.full((B,), float(sampling.top_p)),
+            top_p=torch.full((B,), max(sampling.top_p, LEAST)),  # fp32 must not round it to 0
             guided=self.guided, forced=forced.contiguous() if given.shape[1] else None,
         )  # fmt: skip
         self.position += count
