@@ -8,16 +8,12 @@ Source: arXiv 2505.23660, §3.2; REFERENCE §4.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-Solver = Literal["adams2", "euler"]
-Preview = Literal["jump", "solver"]
-SOLVERS: tuple[Solver, ...] = ("adams2", "euler")
-PREVIEWS: tuple[Preview, ...] = ("jump", "solver")
+from dar_kernels.flow_step import PREVIEWS, SOLVERS, Preview, Solver, flow_step
 
 
 def shift_time(u: Tensor, beta: float) -> Tensor:
@@ -46,11 +42,14 @@ def drawn_group_start(u: Tensor, num_groups: int, num_tokens: int) -> Tensor:
 
 @dataclass(slots=True)
 class Trajectory:
-    """One solver run: `advance` takes a velocity; the previews of the last step are then at hand.
+    """One solver run: `advance` takes a velocity; the preview of the last step is then at hand.
 
     Args:
-        x: the state at the first time, `[B, 3, R, R]`, in units of `data_std`.
+        x: the state at the first time, `[B, 3, R, R]` fp32 or fp64, in units of `data_std`; copied,
+            because every step changes the run's own in place.
         times: `[S + 1]`, as `sampling_times` gives them.
+        kind: of the preview: "jump", the paper's x + (1 - t) v, or "solver", with the solver's
+            slope for v, the official one.
         step: the next step; > 0 after an SDEdit-style start.
     """
 
@@ -58,10 +57,15 @@ class Trajectory:
     times: list[float]
     data_std: float
     solver: Solver = "adams2"
+    kind: Preview = "jump"
     step: int = 0
-    _jump: Tensor | None = None
-    _clip: Tensor | None = None
-    _last: Tensor | None = None
+    _previous: Tensor | None = field(init=False, default=None)  # velocity of the step before
+    _preview: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.x = self.x.clone(memory_format=torch.contiguous_format)
+        if self.solver == "adams2":
+            self._previous = torch.empty_like(self.x)
 
     @property
     def time(self) -> float:
@@ -73,26 +77,22 @@ class Trajectory:
         return self.step == len(self.times) - 1
 
     def advance(self, velocity: Tensor) -> None:
-        """Take one step along `velocity` `[B, 3, R, R]`, evaluated at (x, time)."""
-        t, h = self.time, self.times[self.step + 1] - self.time
-        slope = velocity
-        if self.solver == "adams2" and self._last is not None:
-            slope = 1.5 * velocity - 0.5 * self._last
-        self._jump = self.x + (1 - t) * velocity
-        self._clip = self.x + (1 - t) * slope
-        self.x = self.x + h * slope
-        self._last = velocity
+        """Take one step along `velocity` `[B, patches, 3 P P]`, evaluated at (x, time).
+
+        Any P that divides R will do: one patch, `[B, 1, 3 R R]`, is a picture.
+        """
+        patch_size = self.x.shape[-1] // math.isqrt(velocity.shape[1])
+        self._preview = flow_step(
+            self.x, velocity, self._previous, self.time, self.times[self.step + 1], self.data_std,
+            self.solver, patch_size, first=self._preview is None, preview=self.kind,
+        )  # fmt: skip
         self.step += 1
 
-    def preview(self, kind: Preview = "jump") -> Tensor:
-        """The estimate of the picture after the last step, in image units, not clamped.
-
-        "jump" is the paper's x + (1 - t) v; "solver" uses the solver's slope, the official preview.
-        """
-        estimate = self._jump if kind == "jump" else self._clip
-        if estimate is None:
+    def preview(self) -> Tensor:
+        """The estimate of the picture after the last step, in image units, not clamped."""
+        if self._preview is None:
             raise ValueError("Trajectory.preview: expected at least one step, got none")
-        return estimate / self.data_std
+        return self._preview
 
     def image(self) -> Tensor:
         """The state in image units: the picture once `done`."""
@@ -102,3 +102,9 @@ class Trajectory:
 def start_from(image: Tensor, noise: Tensor, t: float, data_std: float) -> Tensor:
     """SDEdit-style start: the state `(1 - t) noise + t data_std image` at time t."""
     return (1 - t) * noise + t * data_std * image
+
+
+__all__ = [
+    "PREVIEWS", "SOLVERS", "Preview", "Solver", "Trajectory", "drawn_group_start", "group_start",
+    "sampling_times", "shift_time", "start_from",
+]  # fmt: skip

@@ -75,7 +75,7 @@ def _call_back(parts: Parts, request: Request, run: Trajectory, codes: Tensor) -
     if request.callback is None:
         return
     done = run.step - 1
-    values = {"latents": run.x, "preview": run.preview(), "codes": codes}
+    values = {"latents": run.x.clone(), "preview": run.preview(), "codes": codes}
     answer = request.callback(parts, done, run.times[done], values)
     if answer is None:
         return
@@ -89,7 +89,7 @@ def _call_back(parts: Parts, request: Request, run: Trajectory, codes: Tensor) -
             f"callback_on_step_end: expected latents {list(run.x.shape)}, "
             f"got {list(getattr(latents, 'shape', []))}"
         )
-    run.x = latents.to(run.x)
+    run.x.copy_(latents)
 
 
 __all__ = ["Frame", "draw_frames"]

@@ -40,8 +40,20 @@ class BlockCondition(NamedTuple):
 
 
 class Velocity(NamedTuple):
-    velocity: Tensor  # [B, 3, R, R]
+    tokens: Tensor  # [B, patches, 3 P P], as the network writes it and `flow_step` reads it
     alignment: Tensor | None  # [B, 256, 768], the REPA head's output where it was asked for
+
+    @property
+    def velocity(self) -> Tensor:
+        """The same as pictures, `[B, 3, R, R]`: a copy."""
+        return unpatchify(self.tokens)
+
+
+def unpatchify(x: Tensor) -> Tensor:
+    """`[B, patches, 3 P P]`, channels in the order (c, p1, p2), to `[B, 3, R, R]`."""
+    B, patches, channels = x.shape
+    G, P = math.isqrt(patches), math.isqrt(channels // 3)
+    return x.reshape(B, G, G, 3, P, P).permute(0, 3, 1, 4, 2, 5).reshape(B, 3, G * P, G * P)
 
 
 def time_features(t: Tensor, channels: int) -> Tensor:
@@ -113,11 +125,6 @@ class PixelDiT(nn.Module):
         x = x.reshape(len(x), 3, G, P, G, P).permute(0, 2, 4, 1, 3, 5)
         return x.reshape(len(x), G * G, 3 * P * P)
 
-    def unpatchify(self, x: Tensor) -> Tensor:
-        P, G = self.patch_size, self.grid
-        x = x.reshape(len(x), G, G, 3, P, P).permute(0, 3, 1, 4, 2, 5)
-        return x.reshape(len(x), 3, G * P, G * P)
-
     def align(self, x: Tensor) -> Tensor:
         """The REPA head: patches average-pooled to 16 x 16, then projected, `[B, 256, 768]`."""
         pooled = F.adaptive_avg_pool2d(
@@ -137,5 +144,4 @@ class PixelDiT(nn.Module):
                 alignment = self.align(x)
             block = cast(DiTBlock, module)
             x = block(x, block.condition(features, cond), tables)
-        x = self.conv_out(layer_norm(x, eps=NORM_EPS))
-        return Velocity(self.unpatchify(x), alignment)
+        return Velocity(self.conv_out(layer_norm(x, eps=NORM_EPS)), alignment)

@@ -123,23 +123,26 @@ class Tokenizer(nn.Module):
         num_steps: int | None = None,
         solver: Solver = "adams2",
         step: int = 0,
+        preview: Preview = "jump",
     ) -> Trajectory:
         """A solver run that starts from `noise`, or from the state `noise` at step `step` > 0.
 
         Raises:
-            ValueError: where the solver, the number of steps or the shape does not fit.
+            ValueError: where the solver, preview, number of steps or shape does not fit.
         """
         num_steps = self.config.num_steps if num_steps is None else num_steps
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
             raise ValueError(f"num_steps: expected an integer >= 1, got {num_steps!r}")
         if solver not in SOLVERS:
             raise ValueError(f"solver: expected one of {list(SOLVERS)}, got {solver!r}")
+        if preview not in PREVIEWS:
+            raise ValueError(f"preview: expected one of {list(PREVIEWS)}, got {preview!r}")
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < num_steps:
             raise ValueError(f"start_step: expected an integer in [0, {num_steps}), got {step!r}")
         self.check_images(noise)
         times = sampling_times(num_steps, self.config.dit.time_shift).tolist()
         x = noise.to(self.device, torch.promote_types(self.dtype, torch.float32))
-        return Trajectory(x, times, self.config.dit.data_std, solver, step)
+        return Trajectory(x, times, self.config.dit.data_std, solver, preview, step)
 
     def group_start(self, step: int, num_steps: int) -> int:
         """First token of the group that a step reads."""
@@ -150,8 +153,7 @@ class Tokenizer(nn.Module):
         start = self.group_start(run.step, len(run.times) - 1)
         group = conditions[:, start : start + self.config.group_size]
         t = torch.full((len(run.x),), run.time, device=run.x.device)
-        velocity = self.pixel_dit(run.x.to(self.dtype), t, group.to(self.dtype)).velocity
-        run.advance(velocity.to(run.x.dtype))
+        run.advance(self.pixel_dit(run.x.to(self.dtype), t, group.to(self.dtype)).tokens)
 
     @torch.no_grad()
     def decode(
@@ -183,13 +185,11 @@ class Tokenizer(nn.Module):
             ValueError: where an argument does not fit.
         """
         self.check_codes(codes)
-        if preview not in PREVIEWS:
-            raise ValueError(f"preview: expected one of {list(PREVIEWS)}, got {preview!r}")
         if noise is None:
             noise = self.noise(0 if seeds is None else seeds, len(codes))
         elif len(noise) != len(codes):
             raise ValueError(f"noise: expected {len(codes)} pictures, got {len(noise)}")
-        run = self.trajectory(noise, num_steps, solver, start_step)
+        run = self.trajectory(noise, num_steps, solver, start_step, preview)
         last = len(run.times) - 1
         if stop_after is not None and (
             isinstance(stop_after, bool)
@@ -205,11 +205,11 @@ class Tokenizer(nn.Module):
             self.check_images(init_image)
             if len(init_image) != len(codes):
                 raise ValueError(f"init_image: expected {len(codes)}, got {len(init_image)}")
-            run.x = start_from(init_image.to(run.x), run.x, run.time, run.data_std)
+            run.x.copy_(start_from(init_image.to(run.x), run.x, run.time, run.data_std))
         conditions = self.conditions(codes.to(self.device))
         while run.step < (stop_after or last):
             self.advance(run, conditions)
-        return run.image() if stop_after is None else run.preview(preview)
+        return run.image() if stop_after is None else run.preview()
 
     def training_forward(
         self,

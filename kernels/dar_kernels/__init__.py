@@ -6,6 +6,8 @@ from dar_kernels.adaln_modulate import OP as _ADALN_MODULATE
 from dar_kernels.adaln_modulate import AdaLNModulate, adaln_modulate
 from dar_kernels.dispatch import Choice, UnavailableError, prefer
 from dar_kernels.dispatch import report as _report
+from dar_kernels.flow_step import OP as _FLOW_STEP
+from dar_kernels.flow_step import flow_step
 from dar_kernels.gate_residual_modulate import OP as _GATE_RESIDUAL_MODULATE
 from dar_kernels.gate_residual_modulate import GateResidual, gate_residual_modulate
 from dar_kernels.guided_sample import OP as _GUIDED_SAMPLE
@@ -39,6 +41,7 @@ from dar_kernels.vq_nearest import vq_nearest
 OPS = (
     _ADALN_CROSS_ATTENTION,
     _ADALN_MODULATE,
+    _FLOW_STEP,
     _GATE_RESIDUAL_MODULATE,
     _GUIDED_SAMPLE,
     _LAYER_NORM,
@@ -74,6 +77,7 @@ __all__ = [
     "absorb_output",
     "adaln_cross_attention",
     "adaln_modulate",
+    "flow_step",
     "gate_residual_modulate",
     "guided_sample",
     "layer_norm",

@@ -29,7 +29,8 @@ from dar_kernels.triton_support import (
 
 Solver = Literal["adams2", "euler"]
 Preview = Literal["jump", "solver"]
-SOLVERS, PREVIEWS = ("adams2", "euler"), ("jump", "solver")
+SOLVERS: tuple[Solver, ...] = ("adams2", "euler")
+PREVIEWS: tuple[Preview, ...] = ("jump", "solver")
 FLAGS = (torch.bool, torch.uint8, torch.int32, torch.int64)
 BLOCK = 1024  # eight numbers a thread of four warps: one row of a patch, 16 bytes in bf16
 OPTIONS = launch_options(num_warps=4, num_stages=1)  # from AOT register counts; not timed

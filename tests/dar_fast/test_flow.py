@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dar_fast.flow import (
+    PREVIEWS,
+    SOLVERS,
     Trajectory,
     drawn_group_start,
     group_start,
@@ -16,6 +18,7 @@ from dar_fast.flow import (
     shift_time,
     start_from,
 )
+from dar_fast.models.pixel_dit import unpatchify
 
 
 @given(st.integers(1, 64), st.floats(0.1, 10))
@@ -50,20 +53,57 @@ def test_drawn_groups_follow_the_formula(u, num_groups):
     assert drawn_group_start(torch.tensor([u]), num_groups, 256).tolist() == [expected]
 
 
-@pytest.mark.parametrize("solver", ["euler", "adams2"])
-def test_a_straight_path_is_exact(solver):
-    noise, target = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    run = Trajectory(noise, sampling_times(5, 2.0).tolist(), 0.6, solver)
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("preview", PREVIEWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_straight_path_is_exact(solver, preview, dtype):
+    noise, target = torch.randn(2, 2, 3, 4, 4, dtype=dtype)
+    run = Trajectory(noise, sampling_times(5, 2.0).tolist(), 0.6, solver, preview)
     while not run.done:
-        run.advance(target - noise)
-        torch.testing.assert_close(run.preview("jump"), target / 0.6)
-        torch.testing.assert_close(run.preview("solver"), target / 0.6)
+        run.advance((target - noise).flatten(1)[:, None])  # one patch
+        torch.testing.assert_close(run.preview(), target / 0.6)
     torch.testing.assert_close(run.image(), target / 0.6)
+
+
+def test_patches_of_any_size_make_the_same_step():
+    x, velocity = torch.randn(2, 2, 3, 6, 6)
+    images = []
+    for P in (1, 2, 3, 6):
+        G = 6 // P
+        tokens = velocity.reshape(2, 3, G, P, G, P).permute(0, 2, 4, 1, 3, 5)
+        tokens = tokens.reshape(2, G * G, 3 * P * P)
+        assert torch.equal(unpatchify(tokens), velocity)
+        run = Trajectory(x, [0.0, 0.25, 1.0], 0.6)
+        run.advance(tokens)
+        images.append(run.image())
+    assert all(torch.equal(image, images[0]) for image in images)
+
+
+@pytest.mark.parametrize("kind", PREVIEWS)
+def test_previews_by_hand(kind):
+    """Jump: x + (1 - t) v; the solver's: 1.5 v - 0.5 v_previous for v."""
+    run = Trajectory(torch.zeros(1, 3, 1, 1), [0.0, 0.5, 0.75, 1.0], 0.5, "adams2", kind)
+    run.advance(torch.full((1, 1, 3), 2.0))  # to x = 1
+    torch.testing.assert_close(run.preview(), torch.full((1, 3, 1, 1), 2.0 / 0.5))
+    first = run.preview()
+    run.advance(torch.full((1, 1, 3), 4.0))
+    slope = 4.0 if kind == "jump" else 1.5 * 4 - 0.5 * 2
+    torch.testing.assert_close(run.preview(), torch.full((1, 3, 1, 1), (1 + 0.5 * slope) / 0.5))
+    torch.testing.assert_close(first, torch.full((1, 3, 1, 1), 4.0))  # it is the caller's to keep
+
+
+def test_the_state_is_the_run_s_own():
+    noise = torch.randn(1, 3, 4, 4).to(memory_format=torch.channels_last)
+    given = noise.clone()
+    run = Trajectory(noise, [0.0, 1.0], 1.0)
+    run.advance(torch.ones(1, 1, 48))
+    assert torch.equal(noise, given)
+    torch.testing.assert_close(run.x, given + 1)
 
 
 def test_adams_bashforth_by_hand():
     times = sampling_times(3, 2.0).tolist()
-    v = [torch.full((1, 3, 1, 1), value) for value in (1.0, -2.0, 0.5)]
+    v = [torch.full((1, 1, 3), value) for value in (1.0, -2.0, 0.5)]
     run = Trajectory(torch.zeros(1, 3, 1, 1), times, 1.0)
     for velocity in v:
         run.advance(velocity)
@@ -94,8 +134,10 @@ def test_decoding_from_a_picture(tiny_pipeline):
     with torch.no_grad():
         while not run.done:
             model.advance(run, cond)
+    given = [s.clone() for s in (image, noise)]
     actual = model.decode(codes, noise, init_image=image, start_step=2)
     torch.testing.assert_close(actual, run.image())
+    torch.testing.assert_close([image, noise], given, rtol=0, atol=0)
     for arguments, message in (
         ({"start_step": 2}, "init_image"),
         ({"init_image": image}, "init_image"),

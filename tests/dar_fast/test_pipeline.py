@@ -256,12 +256,14 @@ def test_codes_take_no_network_evaluation(tiny_pipeline: DARPipeline) -> None:
 def test_callback(tiny_pipeline: DARPipeline) -> None:
     seen: list[tuple[int, float]] = []
     previews: list[Tensor] = []
+    latents: list[Tensor] = []
 
     def look(pipe: DARPipeline, step: int, t: float, values: dict[str, Any]) -> dict[str, Any]:
         assert pipe is tiny_pipeline
         assert values["codes"].shape == (2, (step + 1) * Q)
         seen.append((step, t))
         previews.append(values["preview"])
+        latents.append(values["latents"])
         return values
 
     out = tiny_pipeline([0, 1], seeds=0, output_type="pt", callback_on_step_end=look)
@@ -270,6 +272,9 @@ def test_callback(tiny_pipeline: DARPipeline) -> None:
     assert torch.equal(out.images, tiny_pipeline([0, 1], seeds=0, output_type="pt").images)
     events = list(tiny_pipeline.stream([0, 1], seeds=0, output_type="pt"))
     assert torch.equal(to_unit(previews[2])[1], events[5].image)
+    data_std = tiny_pipeline.tokenizer.config.dit.data_std
+    assert torch.equal(to_unit(latents[-1] / data_std), out.images)
+    assert not torch.equal(latents[0], latents[1])  # not one state that goes on changing
 
 
 def test_callback_changes_latents(tiny_pipeline: DARPipeline) -> None:

@@ -56,5 +56,5 @@ def previews(
     seen = []
     while not run.done:
         tokenizer.advance(run, conditions)
-        seen.append(run.preview("jump"))
+        seen.append(run.preview())
     return [*seen, run.image()]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dar_fast.config import TokenizerConfig
 from dar_fast.flow import group_start, sampling_times
+from dar_kernels import flow_step
 
 
 class Flight(NamedTuple):
@@ -71,10 +72,13 @@ class Rollout:
         if self.flight is None:
             raise ValueError("Rollout.advance: expected pictures in flight, got none")
         images, x, last, step = self.flight
-        h = (self.times[step + 1] - self.times[step])[:, None, None, None]
-        first = (step == 0)[:, None, None, None]
-        slope = torch.where(first, velocity, 1.5 * velocity - 0.5 * last)
-        self.flight = Flight(images, x + h * slope, velocity, step + 1)
+        x, last = x.clone(), last.clone()  # changed in place, and the backward pass may need them
+        one_patch = velocity.flatten(1)[:, None]  # [B, 1, 3 R R]
+        flow_step(
+            x, one_patch, last, self.times[step], self.times[step + 1], self.data_std, "adams2",
+            x.shape[-1], first=step == 0,
+        )  # fmt: skip
+        self.flight = Flight(images, x, last, step + 1)
         self._land()
 
     def _land(self) -> None:
