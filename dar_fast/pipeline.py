@@ -28,6 +28,7 @@ from dar_fast.frames import draw_frames
 from dar_fast.images import Images, OutputType, convert_images
 from dar_fast.labels import ClassLabels, label_ids
 from dar_fast.models import Prior, Tokenizer
+from dar_fast.models.layers import pack
 from dar_fast.request import Request, Seeds, StepCallback, make_request
 from dar_fast.sampling import GuidanceScale
 
@@ -97,7 +98,8 @@ class DARPipeline:
         Args:
             path: a folder, or "demo" (a folder of that name is "./demo").
             device: by default the GPU where there is one, else the CPU.
-            dtype: of the weights; by default fp32 on the CPU, bf16 on a GPU.
+            dtype: of the weights; by default fp32 on the CPU, bf16 on a GPU. In bf16 on a CPU the
+                pixel DiT keeps a second copy of them, in the order that its products read.
 
         Raises:
             CheckpointError: where the folder is missing, incomplete or corrupt.
@@ -106,9 +108,11 @@ class DARPipeline:
         place = pick_device(device)
         parts = load_parts(path, place, pick_dtype(dtype, place))
         try:
-            return cls(parts.prior, parts.tokenizer, parts.labels)
+            pipeline = cls(parts.prior, parts.tokenizer, parts.labels)
         except ValueError as error:
             raise CheckpointError(f"{os.fspath(path)}: {error}") from error
+        pack(pipeline.tokenizer.pixel_dit)
+        return pipeline
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write model_index.json, prior/ and tokenizer/ to the folder `path`, made where missing.
@@ -135,6 +139,7 @@ class DARPipeline:
         """Move the weights, or cast them; what is None stays."""
         for module in (self.prior, self.tokenizer):
             module.to(device=device, dtype=dtype)
+        pack(self.tokenizer.pixel_dit)
         return self
 
     def get_label_ids(self, class_labels: ClassLabels) -> list[int]:
