@@ -16,7 +16,7 @@ from dar_fast.config import PriorConfig
 from dar_fast.models.decoding import start_decoding
 from dar_fast.models.layers import Rotary, rope_angles
 from dar_fast.sampling import GuidanceScale, Sampling, resolve_seeds
-from dar_kernels import NormedResidual, rms_norm_residual, rope_2d, swiglu
+from dar_kernels import NormedResidual, linear_cross_entropy, rms_norm_residual, rope_2d, swiglu
 
 INIT_STD = 0.02
 
@@ -186,9 +186,24 @@ class Prior(nn.Module):
         Raises:
             ValueError: where a shape or a range does not fit.
         """
+        return self.head(self._rows(codes, labels)).float()
+
+    def loss(self, codes: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy of codes `[B, n]`, n ≤ N, for labels `[B]`: a scalar; "none": `[B n]`.
+
+        That of `forward`'s logits, which are never whole in memory; see `linear_cross_entropy`.
+
+        Raises:
+            ValueError: where a shape or a range does not fit, or `reduction` is none.
+        """
+        rows = self._rows(codes, labels).flatten(0, 1)
+        return linear_cross_entropy(rows, self.head.weight, codes.flatten(), reduction=reduction)
+
+    def _rows(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """What the head reads, `[B, n, D]`: row p knows the label and the codes before p."""
         self.check_codes(codes, 1)
         self.check_labels(labels, len(codes), null=True)
-        return self.head(self.hidden(self.embed(codes[:, :-1], labels))).float()
+        return self.hidden(self.embed(codes[:, :-1], labels))
 
     def check_codes(self, codes: Tensor, least: int = 0) -> None:
         """Raise ValueError unless `codes` is `[B, n]` int64, least ≤ n ≤ N, each in [0, V)."""

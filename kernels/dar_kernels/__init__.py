@@ -17,6 +17,8 @@ from dar_kernels.layer_norm import layer_norm
 from dar_kernels.layer_norm_modulate import OP as _LAYER_NORM_MODULATE
 from dar_kernels.layer_norm_modulate import layer_norm_modulate
 from dar_kernels.linear import Activation, PackedWeight, linear, pack_weight, packs
+from dar_kernels.linear_cross_entropy import OP as _LINEAR_CROSS_ENTROPY
+from dar_kernels.linear_cross_entropy import linear_cross_entropy
 from dar_kernels.linear_decode import OP as _LINEAR_DECODE
 from dar_kernels.linear_decode import linear_decode
 from dar_kernels.linear_decode_swiglu import OP as _LINEAR_DECODE_SWIGLU
@@ -46,6 +48,7 @@ OPS = (
     _GUIDED_SAMPLE,
     _LAYER_NORM,
     _LAYER_NORM_MODULATE,
+    _LINEAR_CROSS_ENTROPY,
     _LINEAR_DECODE,
     _LINEAR_DECODE_SWIGLU,
     _NORMED_ATTENTION,
@@ -83,6 +86,7 @@ __all__ = [
     "layer_norm",
     "layer_norm_modulate",
     "linear",
+    "linear_cross_entropy",
     "linear_decode",
     "linear_decode_swiglu",
     "normed_attention",

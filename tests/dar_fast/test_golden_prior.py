@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from golden_fixtures import check_gradients, golden, golden_prior, relative_error
 
 from dar_fast.models.prior import KVCache
-from dar_fast.sampling import Sampling, filter_logits
+from dar_fast.sampling import Sampling
 from dar_kernels import UnavailableError, prefer
 
 NAME = "prior_tiny"
@@ -59,22 +59,15 @@ def test_greedy_codes(schedule):
         assert torch.equal(codes[row, :until], expected[row, :until].long())
 
 
-@pytest.mark.parametrize(
-    ("key", "temperature", "top_k", "top_p"),
-    [("top_k", 1.0, 20, 1.0), ("top_p", 1.0, 0, 0.8), ("both", 0.7, 50, 0.9)],
-)
-def test_filters(key, temperature, top_k, top_p):
-    filtered = filter_logits(recorded("filter.logits"), temperature, top_k, top_p).softmax(-1)
-    expected = recorded(f"filter.probs.{key}")
-    assert torch.equal(filtered > 0, expected > 0)
-    assert relative_error(filtered, expected) <= TOLERANCE
-
-
-def test_training_step():
+@pytest.mark.parametrize("whole", [True, False], ids=["logits", "loss"])
+def test_training_step(whole):
     model = golden_prior(NAME)
     model.zero_grad()
     codes, labels = codes_and_labels()
-    loss = F.cross_entropy(model(codes, labels).flatten(0, 1), codes.flatten())
+    if whole:
+        loss = F.cross_entropy(model(codes, labels).flatten(0, 1), codes.flatten())
+    else:
+        loss = model.loss(codes, labels)
     assert float(loss.detach()) == pytest.approx(float(recorded("train.loss")), rel=1e-6)
     loss.backward()
     check_gradients(model, NAME)

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from golden_fixtures import (
     check_gradients,
     golden,
@@ -55,23 +54,25 @@ def test_prior_logits_and_greedy_codes():
 def test_prior_training_step():
     model, values = on_device(golden_prior(PRIOR)), recorded(PRIOR)
     codes, labels = values["tokens"].long(), values["labels"].long()
-    loss = F.cross_entropy(model(codes, labels).flatten(0, 1), codes.flatten())
+    loss = model.loss(codes, labels)
     assert float(loss.detach()) == pytest.approx(float(values["train.loss"]), rel=1e-6)
     loss.backward()
     check_gradients(model.cpu(), PRIOR)
 
 
 @torch.no_grad()
-def test_tokenizer_encoding_and_velocity():
+def test_tokenizer_encoding_and_a_step():
     model, values = on_device(golden_tokenizer(TOKENIZER)), recorded(TOKENIZER)
     clear = values["code_margin"] > 1e-5
     assert torch.equal(model.encode(values["image"])[clear], values["codes"].long()[clear])
     conditions = model.conditions(values["codes"].long())
     assert relative_error(conditions, values["cond"]) <= TOLERANCE
-    x = input_noise(TOKENIZER).to(DEVICE)
+    run = model.trajectory(input_noise(TOKENIZER))
     group = conditions[:, : model.config.group_size]
-    velocity = model.pixel_dit(x, x.new_zeros(len(x)), group).velocity
-    assert relative_error(velocity, values["velocity.0"]) <= TOLERANCE
+    out = model.pixel_dit(run.x, run.x.new_zeros(len(run.x)), group)
+    assert relative_error(out.velocity, values["velocity.0"]) <= TOLERANCE
+    run.advance(out.tokens)
+    assert relative_error(run.preview(), values["jump.0"]) <= TOLERANCE
 
 
 def test_tokenizer_training_step():

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dar_fast import DARPipeline
@@ -102,8 +101,7 @@ def _cross_entropy(pipe: DARPipeline, codes: Tensor, labels: Tensor) -> float:
     total = 0.0
     for code, label in zip(chunks(codes, CHUNK), chunks(labels, CHUNK), strict=True):
         code = code.to(pipe.device)
-        logits = pipe.prior(code, label.to(pipe.device))
-        total += float(F.cross_entropy(logits.flatten(0, 1), code.flatten(), reduction="sum"))
+        total += float(pipe.prior.loss(code, label.to(pipe.device), reduction="sum"))
     return total / codes.numel()
 
 

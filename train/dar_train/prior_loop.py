@@ -6,7 +6,6 @@ A step costs 6 FLOPs a weight and code. Source: arXiv 2505.23660, §3.3 and §4.
 import json
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_fast.config import PriorConfig
@@ -62,7 +61,7 @@ class PriorTask:
         )
         shown = torch.unique(data.labels[chosen], sorted=False)[: SAMPLE_ROWS * SAMPLE_COLUMNS]
         self.shown = shown.to(device)
-        self._forward = torch.compile(model) if recipe.compile else model
+        self._loss = torch.compile(model.loss) if recipe.compile else model.loss
 
     def loss(self, indices: Tensor, generator: torch.Generator) -> Loss:
         indices = indices.to(self.device)
@@ -71,9 +70,7 @@ class PriorTask:
         draw = torch.rand(len(labels), generator=generator, device=self.device)
         labels = labels.masked_fill(draw < self.recipe.class_dropout, self.model.config.null_class)
         with self.autocast:
-            logits = self._forward(codes, labels)  # [B, N, V]
-        total = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
-        return Loss(total, {})
+            return Loss(self._loss(codes, labels), {})
 
     def after_step(self, step: int, indices: Tensor, loop: Loop) -> dict[str, float]:
         return {}
@@ -89,8 +86,7 @@ class PriorTask:
         for part in chunks(self.held_out, EVAL_CHUNK):
             codes = self.codes[part].long()
             with self.autocast:
-                logits = averaged(codes, self.labels[part])
-            loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum")
+                loss = averaged.loss(codes, self.labels[part], reduction="sum")
             total += float(loss) / codes.shape[1]
         self._draw(averaged, step)
         return {"cross_entropy": total / len(self.held_out), **self.unigram}
