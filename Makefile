@@ -1,6 +1,7 @@
 # make sample: install, and sample 16 pictures from the embedded model
 # make test:   install for development, then lint, types and every test
 # make aot:    compile every Triton kernel for sm_80 and sm_90; fails on a spill. WRITE=1: kernels/RESOURCES.md
+# make sanitize: the C++ ops under AddressSanitizer and UBSan, with their tests
 # Needs Python 3.11 or later, make, a C++ compiler and a package index; nothing outside this folder changes.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ MODULES := $(sort $(shell find dar_fast kernels train -name '*.py'))
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*) $(VENV)/.modules
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: sample test lint types aot clean always
+.PHONY: sample test lint types aot sanitize clean always
 .DELETE_ON_ERROR:
 
 sample: $(VENV)/.installed
@@ -29,6 +30,9 @@ types: $(VENV)/.installed-test
 
 aot: $(VENV)/.installed-test
 	env -u TRITON_INTERPRET $(BIN)/python bench/aot.py $(if $(WRITE),--write)
+
+sanitize: $(VENV)/.installed-test
+	PYTHON=$(BIN)/python .ci/sanitize
 
 clean:
 	rm -rf $(VENV) build dist samples.png samples.webp
