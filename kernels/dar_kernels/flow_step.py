@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dar_kernels.aot import DenoiserShape, Shape, Variant
-from dar_kernels.checks import check_tensor
+from dar_kernels.checks import Dim, check_tensor
 from dar_kernels.dispatch import Implementation, Op
 from dar_kernels.triton_support import (
     TRITON_DTYPES,
@@ -207,26 +207,25 @@ def flow_step(
         UnavailableError: where the named implementation cannot run here.
     """
     op, exact = "flow_step", (torch.float32, torch.float64)
-    check_tensor(op, "x", x, {"B": None, "C": 3, "height": None, "width": None}, exact)
+    check_tensor(op, "x", x, ("B", 3, Dim("R"), Dim("R")), exact)
     B, _, R, width = x.shape
     if width != R or not isinstance(patch_size, int) or patch_size < 1 or R % patch_size:
         got = f"{list(x.shape)} and {patch_size!r}"
         raise ValueError(f"{op}: expected x [B, 3, R, R] and patch_size dividing R, got {got}")
     G, dtype, device = R // patch_size, x.dtype, x.device
-    sizes = {"B": B, "patches": G * G, "3 P P": 3 * patch_size**2}
+    sizes = (B, G * G, 3 * patch_size**2)
     check_tensor(op, "velocity", velocity, sizes, (*TRITON_DTYPES, dtype), device)
     if previous is not None:
-        sizes = {"B": B, "C": 3, "height": R, "width": R}
-        check_tensor(op, "previous", previous, sizes, (dtype,), device)
+        check_tensor(op, "previous", previous, x.shape, (dtype,), device)
     for name, tensor in (("x", x), ("previous", previous)):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{op}: expected {name} contiguous, got strides {tensor.stride()}")
     if isinstance(first, Tensor):
-        check_tensor(op, "first", first, {"B": B}, FLAGS, device)
+        check_tensor(op, "first", first, (B,), FLAGS, device)
     by_row = isinstance(t, Tensor) or isinstance(next_t, Tensor)
     for name, time in (("t", t), ("next_t", next_t)):
         if by_row:
-            check_tensor(op, name, time, {"B": B}, (dtype,), device)
+            check_tensor(op, name, time, (B,), (dtype,), device)
         elif not 0 <= time <= 1:
             raise ValueError(f"{op}: expected {name} in [0, 1], got {time!r}")
     if solver not in SOLVERS or preview not in PREVIEWS or not data_std > 0:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dar_kernels import native, triton_support
 from dar_kernels.aot import DecoderShape, Shape, Variant
-from dar_kernels.checks import check_tensor
+from dar_kernels.checks import FLOATS, Dim, check_tensor
 from dar_kernels.dispatch import Implementation, Op
 from dar_kernels.filters import LARGEST, Setting, column, filter_ref, filter_row
 from dar_kernels.philox import code_bits, gumbel, gumbel_row
@@ -186,8 +186,8 @@ _LARGEST = {"guidance_scale": 3e38, "temperature": 3e38, "top_k": 2**31 - 1, "to
 def _check_setting(name: str, value: object, logits: Tensor) -> None:
     whole, high = name == "top_k", _LARGEST[name]
     if isinstance(value, Tensor):
-        dtypes = (torch.int32, torch.int64) if whole else (*TRITON_DTYPES, torch.float64)
-        check_tensor(OP.name, name, value, {"R": len(logits)}, dtypes, logits.device)
+        dtypes = (torch.int32, torch.int64) if whole else FLOATS
+        check_tensor(OP.name, name, value, logits.shape[:1], dtypes, logits.device)
     elif isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         number = "an integer" if whole else "a number"
         raise TypeError(f"guided_sample: expected {name} {number} or a tensor, got {value!r}")
@@ -226,14 +226,12 @@ def guided_sample(
         ValueError: where shapes, devices or ranges do not fit, or no implementation has that name.
         UnavailableError: where the named implementation cannot run here.
     """
-    check_tensor(OP.name, "logits", logits, {"R": None, "V": None}, TRITON_DTYPES)
+    check_tensor(OP.name, "logits", logits, ("R", Dim("V")), TRITON_DTYPES)
     (R, V), device = logits.shape, logits.device
-    if V < 1:
-        raise ValueError(f"guided_sample: expected logits [R, V >= 1], got [{R}, {V}]")
     if uncond is not None:
-        check_tensor(OP.name, "uncond", uncond, {"R": R, "V": V}, (logits.dtype,), device)
+        check_tensor(OP.name, "uncond", uncond, (R, V), (logits.dtype,), device)
     for name, value in (("seeds", seeds), ("positions", positions)):
-        check_tensor(OP.name, name, value, {"R": R}, (torch.int64,), device)
+        check_tensor(OP.name, name, value, (R,), (torch.int64,), device)
     settings = (guidance_scale, temperature, top_k, top_p)
     for name, setting in zip(_LARGEST, settings, strict=True):
         _check_setting(name, setting, logits)

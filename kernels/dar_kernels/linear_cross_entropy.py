@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dar_kernels import triton_support
 from dar_kernels.aot import DecoderShape, Shape, Variant
-from dar_kernels.checks import check_tensor
+from dar_kernels.checks import Dim, check_below, check_tensor, dtypes_beside, lowered
 from dar_kernels.dispatch import Implementation, Op
 from dar_kernels.linear_cross_entropy_backward import (
     chunks,
@@ -173,27 +173,13 @@ def linear_cross_entropy(
         raise ValueError(
             f"linear_cross_entropy: expected reduction one of {REDUCTIONS}, got {reduction!r}"
         )
-    every = (*TRITON_DTYPES, torch.float64)
-    check_tensor(OP.name, "x", x, {"M": None, "D": None}, every)
+    check_tensor(OP.name, "x", x, ("M", Dim("D")))
     (M, D), device = x.shape, x.device
-    check_tensor(OP.name, "weight", weight, {"V": None, "D": D}, every, device)
-    check_tensor(OP.name, "targets", targets, {"M": M}, (torch.int64,), device)
-    if torch.is_autocast_enabled(device.type):
-        low = torch.get_autocast_dtype(device.type)
-        x, weight = (t if t.dtype == torch.float64 else t.to(low) for t in (x, weight))
-    if weight.dtype != x.dtype:
-        raise TypeError(f"linear_cross_entropy: expected weight in {x.dtype}, got {weight.dtype}")
-    V = len(weight)
-    if D < 1 or V < 1:
-        raise ValueError(f"linear_cross_entropy: expected D, V >= 1, got {D}, {V}")
+    check_tensor(OP.name, "weight", weight, (Dim("V"), D), dtypes_beside(x), device)
+    check_tensor(OP.name, "targets", targets, (M,), (torch.int64,), device)
     kept = None if ignore_index is None else targets != ignore_index
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = (targets < 0) | (targets >= V)
-        wrong = wrong if kept is None else wrong & kept
-        if wrong.any():
-            raise ValueError(
-                f"linear_cross_entropy: expected targets in [0, {V}), got {int(targets[wrong][0])}"
-            )
+    check_below(OP.name, "targets", targets, len(weight), kept)
+    x, weight = lowered(x, weight)
     chosen = OP.pick(device.type, x.dtype, implementation)
     loss: Tensor = _linear_cross_entropy(x, weight, targets, chosen)[0]
     if kept is not None:

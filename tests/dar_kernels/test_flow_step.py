@@ -181,17 +181,17 @@ def test_bad_input_is_named():
         options = {"data_std": STD, "solver": "adams2"} | options
         flow_step(x, velocity, previous, t, next_t, patch_size=P, **options)
 
-    with pytest.raises(TypeError, match=r"expected x a tensor in float32, float64, got torch.bfl"):
+    with pytest.raises(TypeError, match=r"expected x in one of .*32, .*64, got torch.bfl"):
         call(x=x.bfloat16())
-    with pytest.raises(TypeError, match=r"expected velocity a tensor in .*, got NoneType"):
+    with pytest.raises(TypeError, match=r"expected velocity a tensor, got NoneType"):
         call(velocity=None)
-    with pytest.raises(TypeError, match=r"expected previous a tensor in float32, got torch.float1"):
+    with pytest.raises(TypeError, match=r"expected previous in torch.float32, got torch.float1"):
         call(previous=previous.half())
-    with pytest.raises(TypeError, match=r"expected next_t a tensor in float32, got float"):
+    with pytest.raises(TypeError, match=r"expected next_t a tensor, got float"):
         call(next_t=0.5)
-    with pytest.raises(TypeError, match=r"expected first a tensor in .*, got torch.float32"):
+    with pytest.raises(TypeError, match=r"expected first in one of .*, got torch.float32"):
         call(first=t)
-    with pytest.raises(ValueError, match=r"expected x \[B, C = 3, height, width\], got \[3, 432\]"):
+    with pytest.raises(ValueError, match=r"expected x \[B, 3, R >= 1, R >= 1\], got \[3, 432\]"):
         call(x=x.flatten(1))
     with pytest.raises(ValueError, match=r"patch_size dividing R, got \[3, 3, 12, 12\] and 5"):
         call(P=5)
@@ -201,7 +201,7 @@ def test_bad_input_is_named():
         call(velocity=velocity[..., 1:])
     with pytest.raises(ValueError, match=r"expected previous contiguous, got strides"):
         call(previous=previous.mT)
-    with pytest.raises(ValueError, match=r"expected t \[B = 3\], got \[2\]"):
+    with pytest.raises(ValueError, match=r"expected t \[3\], got \[2\]"):
         call(t=t[1:])
     with pytest.raises(ValueError, match=r"expected next_t in \[0, 1\], got 1.5"):
         call(t=0.5, next_t=1.5)

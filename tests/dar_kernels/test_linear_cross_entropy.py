@@ -224,16 +224,16 @@ def test_a_target_that_nobody_could_check_gives_nan(way):
 
 
 WRONG = {
-    "x": ({"x": 3}, TypeError, "expected x a tensor in float32, .*, got int"),
+    "x": ({"x": 3}, TypeError, "expected x a tensor, got int"),
     "x-dtype": ({"x": torch.ones(3, 8).long()}, TypeError, "expected x .*, got torch.int64"),
-    "x-shape": ({"x": torch.ones(2, 3, 8)}, ValueError, r"x \[M, D\], got \[2, 3, 8\]"),
-    "width": ({"weight": torch.ones(5, 7)}, ValueError, r"weight \[V, D = 8\], got \[5, 7\]"),
+    "x-shape": ({"x": torch.ones(2, 3, 8)}, ValueError, r"x \[M, D >= 1\], got \[2, 3, 8\]"),
+    "width": ({"weight": torch.ones(5, 7)}, ValueError, r"weight \[V >= 1, 8\], got \[5, 7\]"),
     "dtypes": ({"weight": torch.ones(5, 8).half()}, TypeError, "weight in torch.float32, got"),
-    "targets": ({"targets": torch.ones(3)}, TypeError, "targets a tensor in int64, got"),
-    "rows": ({"targets": torch.ones(4).long()}, ValueError, r"targets \[M = 3\], got \[4\]"),
+    "targets": ({"targets": torch.ones(3)}, TypeError, "targets in torch.int64, got"),
+    "rows": ({"targets": torch.ones(4).long()}, ValueError, r"targets \[3\], got \[4\]"),
     "range": ({"targets": torch.tensor([0, 5, 1])}, ValueError, r"targets in \[0, 5\), got 5"),
     "negative": ({"targets": torch.tensor([0, -100, 1])}, ValueError, r"\[0, 5\), got -100"),
-    "empty": ({"weight": torch.ones(0, 8)}, ValueError, "D, V >= 1, got 8, 0"),
+    "empty": ({"weight": torch.ones(0, 8)}, ValueError, r"weight \[V >= 1, 8\], got \[0, 8\]"),
     "reduction": ({"reduction": "max"}, ValueError, "expected reduction one of .*, got 'max'"),
     "device": ({"weight": torch.ones(5, 8, device="meta")}, ValueError, "on cpu, got meta"),
     "name": ({"implementation": "native"}, ValueError, "one of triton, torch, got 'native'"),
