@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dar_kernels import triton_support
 from dar_kernels.aot import DecoderShape, Shape, Variant
-from dar_kernels.arguments import check_norm, check_tensors
+from dar_kernels.checks import check_norm
 from dar_kernels.dispatch import Implementation, Op
 from dar_kernels.layer_norm_backward import (
     backward_variant,
@@ -176,7 +176,6 @@ def layer_norm(
             or no implementation has that name.
         UnavailableError: where the named implementation cannot run here.
     """
-    check_tensors("layer_norm", x=x, weight=weight, bias=bias)
     check_norm("layer_norm", x, MAX_DIM, eps, weight=weight, bias=bias)
     if bias is not None and weight is None:
         raise ValueError("layer_norm: expected a weight beside the bias, got None")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dar_kernels import triton_support
 from dar_kernels.aot import DecoderShape, Shape, Variant
-from dar_kernels.arguments import check_norm, check_tensors
+from dar_kernels.checks import FLOATS, check_norm, check_tensor
 from dar_kernels.dispatch import Implementation, Op
 from dar_kernels.rms_norm_residual_backward import (
     NUMBERS,
@@ -188,16 +188,10 @@ def rms_norm_residual(
         ValueError: where a shape, a device or eps does not fit, or no implementation has that name.
         UnavailableError: where the named implementation cannot run here.
     """
-    check_tensors("rms_norm_residual", x=x, delta=delta, weight=weight)
     check_norm("rms_norm_residual", x, MAX_DIM, eps, weight=weight)
-    if delta is not None and delta.shape != x.shape:
-        raise ValueError(
-            f"rms_norm_residual: expected delta {list(x.shape)}, got {list(delta.shape)}"
-        )
-    if delta is not None and torch.promote_types(x.dtype, delta.dtype) != x.dtype:
-        raise TypeError(
-            f"rms_norm_residual: expected delta in {x.dtype} or narrower, got {delta.dtype}"
-        )
+    if delta is not None:
+        dtypes = [dtype for dtype in FLOATS if torch.promote_types(x.dtype, dtype) == x.dtype]
+        check_tensor("rms_norm_residual", "delta", delta, x.shape, dtypes, x.device)
     if OP.pick(x.device.type, x.dtype, implementation) == "torch":
         return _torch(x, delta, weight, eps)
     return _triton(x, delta, weight, eps)

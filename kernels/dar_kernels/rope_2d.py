@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dar_kernels import triton_support
 from dar_kernels.aot import Shape, Variant
-from dar_kernels.arguments import check_tensors
+from dar_kernels.checks import Dim, check_tensor
 from dar_kernels.dispatch import Implementation, Op
 from dar_kernels.rows import empty_in_order
 from dar_kernels.triton_support import (
@@ -171,17 +171,12 @@ def rope_2d(x: Tensor, cos: Tensor, sin: Tensor, *, implementation: str | None =
             implementation has that name.
         UnavailableError: where the named implementation cannot run here.
     """
-    check_tensors("rope_2d", x=x, cos=cos, sin=sin)
-    if x.ndim != 4 or x.shape[-1] % 2 or not 2 <= x.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"rope_2d: expected x [B, H, N, Dh even <= {MAX_HEAD_DIM}], got {list(x.shape)}"
-        )
+    check_tensor("rope_2d", "x", x, ("B", "H", "N", Dim("Dh", 2, MAX_HEAD_DIM)))
+    N, Dh = x.shape[2:]
+    if Dh % 2:
+        raise ValueError(f"rope_2d: expected x [B, H, N, Dh even], got {list(x.shape)}")
     for name, table in (("cos", cos), ("sin", sin)):
-        expected = [x.shape[2], x.shape[3] // 2]
-        if table.dtype != torch.float32:
-            raise TypeError(f"rope_2d: expected {name} in fp32, got {table.dtype}")
-        if list(table.shape) != expected:
-            raise ValueError(f"rope_2d: expected {name} {expected}, got {list(table.shape)}")
+        check_tensor("rope_2d", name, table, (N, Dh // 2), (torch.float32,), x.device)
         if table.requires_grad:
             raise ValueError(f"rope_2d: expected {name} without gradient, got one that requires it")
     if OP.pick(x.device.type, x.dtype, implementation) == "torch":

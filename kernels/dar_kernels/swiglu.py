@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dar_kernels import triton_support
 from dar_kernels.aot import DecoderShape, Shape, Variant
-from dar_kernels.arguments import check_tensors
+from dar_kernels.checks import Dim, check_tensor
 from dar_kernels.dispatch import Implementation, Op
 from dar_kernels.rows import matrix_of
 from dar_kernels.triton_support import TRITON_DTYPES, cast, launch_options, tl, triton
@@ -175,13 +175,8 @@ def swiglu(gate: Tensor, up: Tensor, *, implementation: str | None = None) -> Te
         ValueError: where shapes or devices differ, or no implementation has that name.
         UnavailableError: where the named implementation cannot run here.
     """
-    check_tensors("swiglu", gate=gate, up=up)
-    if gate.ndim < 1 or gate.shape[-1] < 1:
-        raise ValueError(f"swiglu: expected gate [..., F >= 1], got {list(gate.shape)}")
-    if up.shape != gate.shape:
-        raise ValueError(f"swiglu: expected up {list(gate.shape)}, got {list(up.shape)}")
-    if up.dtype != gate.dtype:
-        raise TypeError(f"swiglu: expected up in {gate.dtype}, got {up.dtype}")
+    check_tensor("swiglu", "gate", gate, (..., Dim("F")))
+    check_tensor("swiglu", "up", up, gate.shape, (gate.dtype,), gate.device)
     if OP.pick(gate.device.type, gate.dtype, implementation) == "torch":
         return _torch(gate, up)
     y: Tensor = _swiglu(gate, up)
