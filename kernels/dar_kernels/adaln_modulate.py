@@ -16,10 +16,12 @@ from torch import Tensor
 
 from dar_kernels import modulate_native
 from dar_kernels.adaln_modulate_triton import launch, variants
+from dar_kernels.checks import check_alike, check_tensor, dtypes_beside, lowered
 from dar_kernels.dispatch import Implementation, Op, needs_grad
 from dar_kernels.layer_norm_modulate import layer_norm_modulate_backward, layer_norm_modulate_ref
-from dar_kernels.layer_norm_rows import as_rows, check_alike, check_tensor, lowered
+from dar_kernels.layer_norm_rows import TOKENS
 from dar_kernels.linear import PackedWeight
+from dar_kernels.rows import matrix_of
 from dar_kernels.triton_support import TRITON_DTYPES, missing
 
 
@@ -46,7 +48,7 @@ def _adaln_modulate(
     """modulated `[B, N, D]`, and gate_a, shift_m, scale_m, gate_m side by side `[B, N, 4 D]`."""
     modulated = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rest = x.new_empty((*x.shape[:-1], 4 * x.shape[-1]))
-    rows = as_rows(x), as_rows(features), as_rows(weight)
+    rows = matrix_of(x), matrix_of(features), matrix_of(weight)
     launch(*rows, bias.contiguous(), modulated, rest)
     return modulated, rest
 
@@ -118,11 +120,11 @@ def adaln_modulate(
         ValueError: where shapes or devices do not fit, or no implementation has that name.
         UnavailableError: where the named implementation cannot run here.
     """
-    check_alike("adaln_modulate", x, features=features)
-    D = x.shape[-1]
+    check_alike("adaln_modulate", x, TOKENS, features=features)
+    D, dtypes = x.shape[-1], dtypes_beside(x)
     plain = weight.weight if isinstance(weight, PackedWeight) else weight
-    check_tensor("adaln_modulate", "weight", plain, (6 * D, D), x)
-    check_tensor("adaln_modulate", "bias", bias, (6 * D,), x)
+    check_tensor("adaln_modulate", "weight", plain, (6 * D, D), dtypes, x.device)
+    check_tensor("adaln_modulate", "bias", bias, (6 * D,), dtypes, x.device)
     grad = needs_grad(x, features, plain, bias) or modulate_native.blocked(x.device.type)
     chosen = OP.pick(x.device.type, x.dtype, implementation, grad)
     if chosen == "torch":

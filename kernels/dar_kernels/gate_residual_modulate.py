@@ -16,16 +16,16 @@ from torch import Tensor
 
 from dar_kernels import modulate_native
 from dar_kernels.aot import DenoiserShape, Shape, Variant
+from dar_kernels.checks import check_alike, lowered
 from dar_kernels.dispatch import Implementation, Op, needs_grad
 from dar_kernels.layer_norm_rows import (
     EPS,
-    as_rows,
-    check_alike,
-    lowered,
+    TOKENS,
     normalise_row,
     normalise_row_backward,
     row_launch,
 )
+from dar_kernels.rows import matrix_of
 from dar_kernels.triton_support import TRITON_DTYPES, cast, missing, tl, triton
 
 
@@ -105,8 +105,8 @@ def _gate_residual_modulate_backward_kernel(
 def _gate_residual_modulate(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor | None, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    x_, y_, gate_ = as_rows(x), as_rows(y), as_rows(gate)
-    shift_, scale_ = (x_ if t is None else as_rows(t) for t in (shift, scale))
+    x_, y_, gate_ = matrix_of(x), matrix_of(y), matrix_of(gate)
+    shift_, scale_ = (x_ if t is None else matrix_of(t) for t in (shift, scale))
     M, D = x_.shape
     residual = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     modulated = torch.empty_like(residual)
@@ -132,9 +132,9 @@ def _gate_residual_modulate_backward(
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dy, dgate and dscale, the last one empty where there is no scale; residual is dense."""
-    dresidual_, dmodulated_ = as_rows(dresidual), as_rows(dmodulated)
-    y_, gate_ = as_rows(y), as_rows(gate)
-    scale_ = y_ if scale is None else as_rows(scale)
+    dresidual_, dmodulated_ = matrix_of(dresidual), matrix_of(dmodulated)
+    y_, gate_ = matrix_of(y), matrix_of(gate)
+    scale_ = y_ if scale is None else matrix_of(scale)
     M, D = y_.shape
     dx, dy, dgate = (torch.empty_like(residual) for _ in range(3))
     dscale = residual.new_empty(0 if scale is None else residual.shape)
@@ -237,7 +237,7 @@ def gate_residual_modulate(
     modulation = {k: t for k, t in (("shift", shift), ("scale", scale)) if t is not None}
     if len(modulation) == 1:
         raise ValueError(f"{OP.name}: expected shift and scale or neither, got {list(modulation)}")
-    check_alike(OP.name, x, y=y, gate=gate, **modulation)
+    check_alike(OP.name, x, TOKENS, y=y, gate=gate, **modulation)
     grad = needs_grad(x, y, gate, shift, scale) or modulate_native.blocked(x.device.type)
     chosen = OP.pick(x.device.type, x.dtype, implementation, grad)
     if chosen == "torch":

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from dar_kernels import modulate_native
 from dar_kernels.aot import DenoiserShape, Shape, Variant
+from dar_kernels.checks import check_alike, lowered
 from dar_kernels.dispatch import Implementation, Op, needs_grad
 from dar_kernels.layer_norm_rows import (
     EPS,
-    as_rows,
-    check_alike,
-    lowered,
+    TOKENS,
     normalise_row,
     normalise_row_backward,
     row_launch,
 )
+from dar_kernels.rows import matrix_of
 from dar_kernels.triton_support import TRITON_DTYPES, cast, missing, tl, triton
 
 
@@ -76,7 +76,7 @@ def _layer_norm_modulate_backward_kernel(
 
 @torch.library.custom_op("dar::layer_norm_modulate", mutates_args=())
 def _layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    x_, shift_, scale_ = as_rows(x), as_rows(shift), as_rows(scale)
+    x_, shift_, scale_ = matrix_of(x), matrix_of(shift), matrix_of(scale)
     M, D = x_.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block, options = row_launch(D)
@@ -97,7 +97,7 @@ def layer_norm_modulate_backward(
     dy: Tensor, x: Tensor, scale: Tensor, with_shift: bool
 ) -> tuple[Tensor, Tensor]:
     """dx, and dscale `[B, N, D]` or, `with_shift`, dshift and dscale side by side `[B, N, 2 D]`."""
-    dy_, x_, scale_ = as_rows(dy), as_rows(x), as_rows(scale)
+    dy_, x_, scale_ = matrix_of(dy), matrix_of(x), matrix_of(scale)
     M, D = x_.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dmodulation = dx.new_empty((*x.shape[:-1], D * (2 if with_shift else 1)))
@@ -192,7 +192,7 @@ def layer_norm_modulate(
         ValueError: where shapes or devices do not fit, or no implementation has that name.
         UnavailableError: where the named implementation cannot run here.
     """
-    check_alike("layer_norm_modulate", x, shift=shift, scale=scale)
+    check_alike("layer_norm_modulate", x, TOKENS, shift=shift, scale=scale)
     grad = needs_grad(x, shift, scale) or modulate_native.blocked(x.device.type)
     chosen = OP.pick(x.device.type, x.dtype, implementation, grad)
     if chosen == "torch":

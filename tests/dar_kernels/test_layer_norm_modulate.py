@@ -121,7 +121,7 @@ def test_bad_input_is_named():
     x, shift, scale = draw((2, 3, 8))
     with pytest.raises(TypeError, match="expected shift a tensor, got float"):
         layer_norm_modulate(x, 0.5, scale)
-    with pytest.raises(TypeError, match=r"expected scale in one of .*, got torch.int64"):
+    with pytest.raises(TypeError, match=r"expected scale in torch.float32, got torch.int64"):
         layer_norm_modulate(x, shift, scale.long())
     with pytest.raises(TypeError, match=r"expected scale in torch.float32, got torch.float16"):
         layer_norm_modulate(x, shift, scale.half())
