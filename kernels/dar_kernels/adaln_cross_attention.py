@@ -27,6 +27,7 @@ from dar_kernels import adaln_cross_attention_forward as forward
 from dar_kernels import modulate_native, triton_support
 from dar_kernels.adaln_cross_attention_tiles import NORM_EPS
 from dar_kernels.aot import DenoiserShape, Shape, Variant
+from dar_kernels.checks import Dim, check_tensor, dtypes_beside, lowered
 from dar_kernels.dispatch import Implementation, Op, needs_grad
 from dar_kernels.linear import PackedWeight
 from dar_kernels.triton_support import TRITON_DTYPES
@@ -65,16 +66,10 @@ def absorb_output(values: Tensor, proj_weight: Tensor) -> Tensor:
         TypeError: where an argument is no floating-point tensor.
         ValueError: where shapes do not fit.
     """
-    for name, t in (("values", values), ("proj_weight", proj_weight)):
-        _check_tensor("absorb_output", name, t)
-    if values.ndim != 4:
-        raise ValueError(f"absorb_output: expected values [B, H, Q, Dh], got {list(values.shape)}")
+    check_tensor("absorb_output", "values", values, ("B", "H", "Q", "Dh"))
     B, H, Q, head_dim = values.shape
     D = H * head_dim
-    if proj_weight.shape != (D, D):
-        raise ValueError(
-            f"absorb_output: expected proj_weight [{D}, {D}], got {list(proj_weight.shape)}"
-        )
+    check_tensor("absorb_output", "proj_weight", proj_weight, (D, D))
     by_head = proj_weight.mT.reshape(H, head_dim, D)
     rows = values.transpose(0, 1).reshape(H, B * Q, head_dim)
     return torch.bmm(rows, by_head).view(H, B, Q, D).transpose(0, 1)
@@ -138,13 +133,6 @@ def variants(shape: Shape) -> Iterator[Variant]:
         yield from backward.variants(shape)
 
 
-def _check_tensor(op: str, name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: expected {name} a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{op}: expected {name} floating point, got {tensor.dtype}")
-
-
 def adaln_cross_attention(
     x: Tensor, q_weight: Tensor | PackedWeight, q_bias: Tensor, q_norm_weight: Tensor,
     q_norm_bias: Tensor, keys: Tensor, values_out: Tensor, out_bias: Tensor, time: Tensor,
@@ -177,35 +165,23 @@ def adaln_cross_attention(
     """
     op = "adaln_cross_attention"
     weight = q_weight.weight if isinstance(q_weight, PackedWeight) else q_weight
-    named = {
-        "x": x, "q_weight": weight, "q_bias": q_bias, "q_norm_weight": q_norm_weight,
-        "q_norm_bias": q_norm_bias, "keys": keys, "values_out": values_out, "out_bias": out_bias,
-        "time": time, "cos": cos, "sin": sin,
-    }  # fmt: skip
-    for name, t in named.items():
-        _check_tensor(op, name, t)
-    if x.ndim != 3 or 0 in x.shape:
-        raise ValueError(f"{op}: expected x [B, N, D] of sizes >= 1, got {list(x.shape)}")
-    if keys.ndim != 4 or 0 in keys.shape:
-        raise ValueError(f"{op}: expected keys [B, H, Q, Dh], got {list(keys.shape)}")
-    (B, N, D), (H, Q, Dh) = x.shape, keys.shape[1:]
+    check_tensor(op, "x", x, (Dim("B"), Dim("N"), Dim("D")))
+    B, N, D = x.shape
+    dtypes, device = dtypes_beside(x), x.device
+    check_tensor(op, "keys", keys, (B, Dim("H"), Dim("Q"), Dim("Dh")), dtypes, device)
+    H, Q, Dh = keys.shape[1:]
     if H * Dh != D or Dh % 2:
         raise ValueError(f"{op}: expected keys of H Dh = {D}, Dh even, got {list(keys.shape)}")
-    shapes = {
-        "q_weight": (D, D), "q_bias": (D,), "q_norm_weight": (Dh,), "q_norm_bias": (Dh,),
-        "keys": (B, H, Q, Dh), "values_out": (B, H, Q, D), "out_bias": (D,), "time": (B, D),
-        "cos": (N, Dh // 2), "sin": (N, Dh // 2),
+    inputs = {
+        "q_weight": (weight, (D, D)), "q_bias": (q_bias, (D,)),
+        "q_norm_weight": (q_norm_weight, (Dh,)), "q_norm_bias": (q_norm_bias, (Dh,)),
+        "values_out": (values_out, (B, H, Q, D)), "out_bias": (out_bias, (D,)),
+        "time": (time, (B, D)),
     }  # fmt: skip
-    autocast = torch.is_autocast_enabled(x.device.type)
-    for name, shape in shapes.items():
-        t = named[name]
-        dtype = torch.float32 if name in ("cos", "sin") else x.dtype
-        if t.shape != shape:
-            raise ValueError(f"{op}: expected {name} {list(shape)}, got {list(t.shape)}")
-        if t.device != x.device:
-            raise ValueError(f"{op}: expected {name} on {x.device}, got {t.device}")
-        if t.dtype != dtype and not (autocast and name not in ("cos", "sin")):
-            raise TypeError(f"{op}: expected {name} in {dtype}, got {t.dtype}")
+    for name, (tensor, shape) in inputs.items():
+        check_tensor(op, name, tensor, shape, dtypes, device)
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_tensor(op, name, table, (N, Dh // 2), (torch.float32,), device)
     small = N * max(D, H * Q) < 2**31  # offsets within a picture are int32
     fits = D <= MAX_DIM and Dh <= MAX_HEAD_DIM and Q <= MAX_KEYS and small
     if implementation == "triton" and not fits:
@@ -213,13 +189,12 @@ def adaln_cross_attention(
             f"{op}: expected D <= {MAX_DIM}, Dh <= {MAX_HEAD_DIM}, Q <= {MAX_KEYS} and N max(D, "
             f"H Q) < 2^31 for triton, got D {D}, Dh {Dh}, Q {Q}, N {N}"
         )
-    inputs = weight, q_bias, q_norm_weight, q_norm_bias, keys, values_out, out_bias, time
-    grad = needs_grad(x, *inputs) or modulate_native.blocked(x.device.type)
+    tensors = weight, q_bias, q_norm_weight, q_norm_bias, keys, values_out, out_bias, time
+    grad = needs_grad(x, *tensors) or modulate_native.blocked(x.device.type)
     chosen = OP.pick(x.device.type, x.dtype, implementation, grad)
     if chosen == "native":
-        return modulate_native.adaln_cross_attention(x, q_weight, *inputs[1:], cos, sin)
+        return modulate_native.adaln_cross_attention(x, q_weight, *tensors[1:], cos, sin)
     if chosen == "torch" or not fits:
-        return adaln_cross_attention_ref(x, *inputs, cos, sin)
-    to = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    y: Tensor = _adaln_cross_attention(x, *(t.to(to) for t in inputs), cos, sin)[0]
+        return adaln_cross_attention_ref(x, *tensors, cos, sin)
+    y: Tensor = _adaln_cross_attention(x, *lowered(*tensors), cos, sin)[0]
     return y

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dar_kernels import native, triton_support
+from dar_kernels.checks import check_tensor
 from dar_kernels.dispatch import Implementation, Op, needs_grad
 from dar_kernels.layer_norm import layer_norm
 from dar_kernels.rope_2d import rope_2d
@@ -184,28 +185,22 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, norms: tuple[Tensor, ...], cos: Tensor | None,
     sin: Tensor | None,
 ) -> None:  # fmt: skip
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"normed_attention: expected {name} a floating point tensor, got {x!r}")
-        if x.ndim != 3 or x.shape != q.shape or x.device != q.device:
-            raise ValueError(
-                f"normed_attention: expected {name} [B, N, D] as q, {list(q.shape)} on {q.device}, "
-                f"got {list(x.shape)} on {x.device}"
-            )
-    D, Dh = q.shape[-1], len(norms[0])
-    if Dh < 2 or Dh % 2 or D % Dh or any(w.shape != (Dh,) for w in norms):
-        raise ValueError(
-            f"normed_attention: expected four norms [Dh], Dh even and dividing {D}, "
-            f"got {[list(w.shape) for w in norms]}"
-        )
+    op = "normed_attention"
+    check_tensor(op, "q", q, ("B", "N", "D"))
+    _, N, D = q.shape
+    for name, tensor in (("k", k), ("v", v)):
+        check_tensor(op, name, tensor, q.shape, device=q.device)
+    check_tensor(op, "q_weight", norms[0], ("Dh",), device=q.device)
+    Dh = len(norms[0])
+    if Dh < 2 or Dh % 2 or D % Dh:
+        raise ValueError(f"{op}: expected q_weight [Dh], Dh even and dividing {D}, got [{Dh}]")
+    for name, tensor in zip(("q_bias", "k_weight", "k_bias"), norms[1:], strict=True):
+        check_tensor(op, name, tensor, (Dh,), device=q.device)
     if (cos is None) != (sin is None):
-        raise ValueError("normed_attention: expected cos and sin, or neither")
+        raise ValueError(f"{op}: expected cos and sin, or neither")
     for name, table in (("cos", cos), ("sin", sin)):
-        if table is not None and table.shape != (q.shape[1], Dh // 2):
-            raise ValueError(
-                f"normed_attention: expected {name} [{q.shape[1]}, {Dh // 2}], "
-                f"got {list(table.shape)}"
-            )
+        if table is not None:
+            check_tensor(op, name, table, (N, Dh // 2), (torch.float32,), q.device)
 
 
 __all__ = ["OP", "normed_attention", "normed_attention_ref"]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dar_kernels.aot import DenoiserShape, Shape, Variant
+from dar_kernels.checks import Dim, check_below, check_tensor
 from dar_kernels.dispatch import Implementation, Op
 from dar_kernels.triton_support import TRITON_DTYPES, missing
 from dar_kernels.vq_losses_triton import (
@@ -30,7 +31,6 @@ from dar_kernels.vq_losses_triton import (
     vq_losses_triton,
 )
 
-DTYPES = (*TRITON_DTYPES, torch.float64)
 COMMITMENT = 0.25
 MAX_C = 1024  # a row is one program's, in registers
 
@@ -146,33 +146,16 @@ def vq_losses(
         ValueError: where shapes, devices, codes or `commitment` do not fit.
         UnavailableError: where the named implementation cannot run here.
     """
-    for name, tensor in (("z", z), ("codebook", codebook), ("codes", codes), ("mask", mask)):
-        if name == "mask" and tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"vq_losses: expected {name} a tensor, got {type(tensor).__name__}")
-        dtypes = {"codes": (torch.int64,), "mask": (torch.bool,)}.get(name, DTYPES)
-        if tensor.dtype not in dtypes:
-            raise TypeError(f"vq_losses: expected {name} in one of {dtypes}, got {tensor.dtype}")
-        if tensor.device != z.device:
-            raise ValueError(f"vq_losses: expected {name} on {z.device}, got {tensor.device}")
-    if z.ndim != 2 or not 1 <= z.shape[1] <= MAX_C:
-        raise ValueError(f"vq_losses: expected z [M, 1 <= C <= {MAX_C}], got {list(z.shape)}")
+    op = "vq_losses"
+    check_tensor(op, "z", z, ("M", Dim("C", 1, MAX_C)))
     M, C = z.shape
-    if codebook.ndim != 2 or codebook.shape[1] != C or codebook.shape[0] < 1:
-        raise ValueError(f"vq_losses: expected codebook [V >= 1, {C}], got {list(codebook.shape)}")
-    for name, row in (("codes", codes), ("mask", mask)):
-        if row is not None and row.shape != (M,):
-            raise ValueError(f"vq_losses: expected {name} [{M}], got {list(row.shape)}")
+    check_tensor(op, "codebook", codebook, (Dim("V"), C), device=z.device)
+    check_tensor(op, "codes", codes, (M,), (torch.int64,), z.device)
+    if mask is not None:
+        check_tensor(op, "mask", mask, (M,), (torch.bool,), z.device)
     if not 0 <= commitment < float("inf"):
-        raise ValueError(f"vq_losses: expected commitment >= 0, got {commitment!r}")
-    V = codebook.shape[0]
-    if not torch.compiler.is_compiling() and codes.device.type == "cpu" and M > 0:
-        low, high = (int(x) for x in codes.aminmax())
-        if low < 0 or high >= V:
-            raise ValueError(
-                f"vq_losses: expected codes in [0, {V}), got {low if low < 0 else high}"
-            )
+        raise ValueError(f"{op}: expected commitment >= 0, got {commitment!r}")
+    check_below(op, "codes", codes, len(codebook))
     dtype = torch.promote_types(z.dtype, codebook.dtype)
     if OP.pick(z.device.type, dtype, implementation) == "torch":
         return _torch(z, codebook, codes, mask, float(commitment))

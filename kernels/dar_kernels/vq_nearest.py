@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from dar_kernels import native, triton_support
+from dar_kernels.checks import Dim, check_tensor
 from dar_kernels.dispatch import Implementation, Op
 from dar_kernels.vq_nearest_triton import launch, variants
 
 EPS = 1e-12  # smallest norm divided by, as torch.nn.functional.normalize
 TILE_M = 2048  # scores of one tile: 2048·1024·4 bytes, which a CPU's second-level cache and L3 hold
 TILE_V = 1024
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,21 +141,10 @@ def vq_nearest(z: Tensor, codebook: Tensor, *, implementation: str | None = None
         ValueError: where shapes, dtypes or devices do not fit, or no implementation has that name.
         UnavailableError: where the named implementation cannot run here.
     """
-    for name, tensor in (("z", z), ("codebook", codebook)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"vq_nearest: expected {name} a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"vq_nearest: expected {name} in one of {DTYPES}, got {tensor.dtype}")
-    if z.ndim != 2 or z.shape[1] < 1:
-        raise ValueError(f"vq_nearest: expected z [M, C >= 1], got {list(z.shape)}")
-    if codebook.ndim != 2 or codebook.shape[1] != z.shape[1] or codebook.shape[0] < 1:
-        raise ValueError(
-            f"vq_nearest: expected codebook [V >= 1, {z.shape[1]}], got {list(codebook.shape)}"
-        )
+    check_tensor("vq_nearest", "z", z, ("M", Dim("C")))
+    check_tensor("vq_nearest", "codebook", codebook, (Dim("V"), z.shape[1]), device=z.device)
     if codebook.dtype != z.dtype:
         raise ValueError(f"vq_nearest: expected codebook in {z.dtype}, got {codebook.dtype}")
-    if codebook.device != z.device:
-        raise ValueError(f"vq_nearest: expected codebook on {z.device}, got {codebook.device}")
     codes: Tensor = _vq_nearest(z, codebook, implementation)
     return codes
 

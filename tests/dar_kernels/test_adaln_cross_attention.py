@@ -234,13 +234,13 @@ def test_compiles_without_a_graph_break(implementation):
     ("change", "error", "message"),
     [
         ({"x": [1.0]}, TypeError, "expected x a tensor, got list"),
-        ({"keys": torch.ones(1, 2, 4, 16).int()}, TypeError, "keys floating point, got"),
-        ({"x": torch.ones(3, 32)}, ValueError, r"expected x \[B, N, D\] .*got \[3, 32\]"),
-        ({"x": torch.ones(1, 0, 32)}, ValueError, r"sizes >= 1, got \[1, 0, 32\]"),
-        ({"keys": torch.ones(1, 4, 16)}, ValueError, r"expected keys \[B, H, Q, Dh\], got \[1, 4"),
+        ({"keys": torch.ones(1, 2, 4, 16).int()}, TypeError, r"keys in .*32, got torch.int32"),
+        ({"x": torch.ones(3, 32)}, ValueError, r"x \[B >= 1, N .*, D .*\], got \[3, 32\]"),
+        ({"x": torch.ones(1, 0, 32)}, ValueError, r"N >= 1, D >= 1\], got \[1, 0, 32\]"),
+        ({"keys": torch.ones(1, 4, 16)}, ValueError, r"keys \[1, H .*, Q .*, Dh .*\], got \[1, 4"),
         ({"keys": torch.ones(1, 3, 4, 16)}, ValueError, r"H Dh = 32, Dh even, got \[1, 3, 4, 16\]"),
         ({"keys": torch.ones(1, 32, 4, 1)}, ValueError, r"Dh even, got \[1, 32, 4, 1\]"),
-        ({"keys": torch.ones(2, 2, 4, 16)}, ValueError, r"keys \[1, 2, 4, 16\], got \[2, 2"),
+        ({"keys": torch.ones(2, 2, 4, 16)}, ValueError, r"keys \[1, H .*\], got \[2, 2, 4"),
         ({"q_weight": torch.ones(32, 31)}, ValueError, r"q_weight \[32, 32\], got \[32, 31\]"),
         ({"q_norm_bias": torch.ones(32)}, ValueError, r"q_norm_bias \[16\], got \[32\]"),
         ({"values_out": torch.ones(1, 2, 4, 16)}, ValueError, r"values_out \[1, 2, 4, 32\]"),
@@ -277,5 +277,5 @@ def test_wrong_projections_are_named():
         absorb_output(values, torch.ones(8, 7))
     with pytest.raises(ValueError, match=r"values \[B, H, Q, Dh\], got \[2, 3, 4\]"):
         absorb_output(values[0], torch.ones(8, 8))
-    with pytest.raises(TypeError, match="proj_weight floating point, got"):
+    with pytest.raises(TypeError, match=r"proj_weight in one of .*, got torch.int64"):
         absorb_output(values, torch.ones(8, 8).long())

@@ -144,13 +144,22 @@ def test_gradients_of_the_definition():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({0: torch.ones(1, 4, 32, dtype=torch.int64)}, TypeError, "expected q a floating point"),
-        ({1: torch.ones(1, 5, 32)}, ValueError, r"expected k \[B, N, D\] as q, \[1, 4, 32\]"),
-        ({3: torch.ones(15)}, ValueError, r"expected four norms \[Dh\], Dh even and dividing 32"),
+        (
+            {0: torch.ones(1, 4, 32, dtype=torch.int64)},
+            TypeError,
+            r"expected q in one of .*, got torch.int64",
+        ),
+        ({1: torch.ones(1, 5, 32)}, ValueError, r"expected k \[1, 4, 32\], got \[1, 5, 32\]"),
+        (
+            {3: torch.ones(15)},
+            ValueError,
+            r"expected q_weight \[Dh\], Dh even and dividing 32, got \[15\]",
+        ),
+        ({4: torch.ones(8)}, ValueError, r"expected q_bias \[16\], got \[8\]"),
         ({7: None}, ValueError, "expected cos and sin, or neither"),
         ({8: torch.ones(4, 7)}, ValueError, r"expected sin \[4, 8\], got \[4, 7\]"),
     ],
-    ids=["dtype", "shape", "norm", "tables", "table"],
+    ids=["dtype", "shape", "norm", "bias", "tables", "table"],
 )
 def test_wrong_arguments_are_named(change, error, message):
     arguments = inputs(1, 4, 2, 16, device="cpu")

@@ -191,8 +191,8 @@ def test_compiles_without_a_graph_break(way):
     [
         ({"z": [[1.0]]}, TypeError, "expected z a tensor, got list"),
         ({"z": torch.ones(4, 8).int()}, TypeError, r"z in one of .*got torch\.int32"),
-        ({"codes": torch.zeros(4).int()}, TypeError, r"codes in one of .*int64.*got torch\.int32"),
-        ({"mask": torch.ones(4)}, TypeError, r"mask in one of .*bool.*got torch\.float32"),
+        ({"codes": torch.zeros(4).int()}, TypeError, r"codes in torch\.int64, got torch\.int32"),
+        ({"mask": torch.ones(4)}, TypeError, r"mask in torch\.bool, got torch\.float32"),
         ({"z": torch.ones(8)}, ValueError, r"expected z \[M, 1 <= C <= 1024\], got \[8\]"),
         ({"z": torch.ones(4, 1025)}, ValueError, r"expected z .*got \[4, 1025\]"),
         ({"codebook": torch.ones(2, 7)}, ValueError, r"codebook \[V >= 1, 8\], got \[2, 7\]"),
