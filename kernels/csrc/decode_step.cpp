@@ -6,26 +6,7 @@
 #include "buffer.h"
 #include "team.h"
 
-namespace dar {
-
-const decode::Kernels &decode::choose_kernels(Isa isa) {
-    switch (isa) {
-#if DAR_X86
-    case Isa::avx512_bf16:
-        return kernels_avx512_bf16();
-    case Isa::avx512_vnni:
-        return kernels_avx512_vnni();
-    case Isa::avx512:
-        return kernels_avx512();
-    case Isa::avx2:
-        return kernels_avx2();
-#endif
-    default:
-        return kernels_baseline();
-    }
-}
-
-namespace decode {
+namespace dar::decode {
 namespace {
 
 constexpr int64_t UNIT = 16;           // outputs of a thread come in multiples: a cache line of fp32
@@ -301,5 +282,4 @@ void decode(const Model &model, const Pages &pages, const Batch &batch, int thre
     run_team(threads, [&](Team &team, int worker) { run.work(team, worker); });
 }
 
-} // namespace decode
-} // namespace dar
+} // namespace dar::decode

@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from dar_kernels import native
-from dar_kernels.decoder_weights import DecoderPages, DecoderWeights
+from dar_kernels.decoder_weights import (
+    WEIGHT_DTYPES,
+    DecoderPages,
+    DecoderWeights,
+    check_on_cpu,
+    readable,
+)
 from dar_kernels.dispatch import Implementation, Op, UnavailableError
 from dar_kernels.pages import PAGE_SIZE
 from dar_kernels.quantize import quantize_weight
-
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -124,7 +128,7 @@ class NativeDecoder:
         self.layers, self.kv_heads = len(weights.layers), weights.kv_heads
         self.head_dim, self.dim = weights.head_dim, weights.norm.shape[-1]
         self.vocab_size = len(weights.head)
-        weights = weights.map(_readable)
+        weights = weights.map(readable)
         layers, head, scales = [list(layer) for layer in weights.layers], weights.head, []
         if weight_dtype == "int8":
             for layer in layers:
@@ -199,7 +203,7 @@ class NativeDecoder:
             "x": x, "block_table": block_table, "positions": positions, "seeds": seeds,
             "guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p,
         }  # fmt: skip
-        _check_tensors(tensors if forced is None else tensors | {"forced": forced}, pages)
+        check_on_cpu(tensors if forced is None else tensors | {"forced": forced}, pages)
         codes = torch.empty(len(positions), steps, dtype=torch.int64)
         self._native.run(
             x.detach(), pages.keys, pages.values, block_table, positions, seeds, guidance,
@@ -229,41 +233,13 @@ class NativeDecoder:
             TypeError: where a dtype does not fit.
             ValueError: where a shape, a range or a stride does not fit.
         """
-        _check_tensors({"x": x, "block_table": block_table, "positions": positions}, pages)
+        check_on_cpu({"x": x, "block_table": block_table, "positions": positions}, pages)
         out = torch.empty(len(positions), self.vocab_size)
         self._native.logits(
             x.detach(), pages.keys, pages.values, block_table, positions, out, _threads(threads),
             self.isa,
         )  # fmt: skip
         return out
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    """What C++ can read: contiguous, fp16 as fp32, without a graph."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"decode_step: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in WEIGHT_DTYPES:
-        raise TypeError(
-            f"decode_step: expected weights in one of {WEIGHT_DTYPES}, got {tensor.dtype}"
-        )
-    if tensor.device.type != "cpu":
-        raise ValueError(f"decode_step: expected weights on the CPU, got {tensor.device}")
-    tensor = tensor.detach().contiguous()
-    return tensor.float() if tensor.dtype == torch.float16 else tensor
-
-
-def _check_tensors(tensors: dict[str, Tensor], pages: DecoderPages) -> None:
-    if not isinstance(pages, DecoderPages):
-        raise TypeError(f"decode_step: expected pages a DecoderPages, got {type(pages).__name__}")
-    for name, tensor in (tensors | pages._asdict()).items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"decode_step: expected {name} a tensor, got {type(tensor).__name__}")
-        if tensor.device.type != "cpu":
-            raise ValueError(f"decode_step: expected {name} on the CPU, got {tensor.device}")
-    if tensors["positions"].ndim != 1:
-        raise ValueError(
-            f"decode_step: expected positions [B], got {list(tensors['positions'].shape)}"
-        )
 
 
 def _threads(threads: int | None) -> int:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from dar_kernels.pages import PAGE_SIZE
 
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class LayerWeights(NamedTuple):
     """Of one layer; norms `[D]`, products `[O, K]` as nn.Linear holds them."""
@@ -66,3 +68,37 @@ def new_decoder_pages(weights: DecoderWeights, num_pages: int, dtype: torch.dtyp
     shape = (len(weights.layers), num_pages, weights.kv_heads, PAGE_SIZE, weights.head_dim)
     keys = torch.zeros(shape, dtype=dtype, device=weights.norm.device)
     return DecoderPages(keys, torch.zeros_like(keys))
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """What C++ can read: contiguous, fp16 as fp32, without a graph.
+
+    Raises:
+        TypeError: where it is no tensor of a dtype that weights can have.
+        ValueError: where it is not on the CPU.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"decode_step: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in WEIGHT_DTYPES:
+        raise TypeError(
+            f"decode_step: expected weights in one of {WEIGHT_DTYPES}, got {tensor.dtype}"
+        )
+    if tensor.device.type != "cpu":
+        raise ValueError(f"decode_step: expected weights on the CPU, got {tensor.device}")
+    tensor = tensor.detach().contiguous()
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
+def check_on_cpu(tensors: dict[str, Tensor], pages: DecoderPages) -> None:
+    """Raise unless all are tensors on the CPU and `positions` has one dimension."""
+    if not isinstance(pages, DecoderPages):
+        raise TypeError(f"decode_step: expected pages a DecoderPages, got {type(pages).__name__}")
+    for name, tensor in (tensors | pages._asdict()).items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"decode_step: expected {name} a tensor, got {type(tensor).__name__}")
+        if tensor.device.type != "cpu":
+            raise ValueError(f"decode_step: expected {name} on the CPU, got {tensor.device}")
+    if tensors["positions"].ndim != 1:
+        raise ValueError(
+            f"decode_step: expected positions [B], got {list(tensors['positions'].shape)}"
+        )
