@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dar_kernels import triton_support
 from dar_kernels.aot import DecoderShape, Shape, Variant
+from dar_kernels.checks import check_tensor
 from dar_kernels.dispatch import Implementation, Op
 from dar_kernels.quantize import QuantizedWeight, dequantize
 from dar_kernels.triton_support import TRITON_DTYPES, cast, contiguous_last, dot, tl, triton
@@ -24,7 +25,6 @@ from dar_kernels.weight_streaming import (
     capability,
     channel_sums,
     check_inputs,
-    check_tensor,
     inverse_rms,
     launch,
     parts,

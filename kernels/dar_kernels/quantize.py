@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dar_kernels.checks import FLOATS, Dim, check_tensor
+
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what max |W[o]| becomes
 QUANTIZED_DTYPES = tuple(LARGEST)
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class QuantizedWeight(NamedTuple):
@@ -32,15 +33,9 @@ def quantize_weight(weight: Tensor, dtype: torch.dtype = torch.int8) -> Quantize
         TypeError: where `weight` is no floating point tensor, or `dtype` is neither of the two.
         ValueError: where `weight` has another number of dimensions or a value that is not finite.
     """
-    if not isinstance(weight, Tensor) or weight.dtype not in _FLOATS:
-        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"quantize_weight: expected weight in one of {_FLOATS}, got {got}")
+    check_tensor("quantize_weight", "weight", weight, (Dim("O"), Dim("D")))
     if dtype not in LARGEST:
         raise TypeError(f"quantize_weight: expected dtype one of {QUANTIZED_DTYPES}, got {dtype}")
-    if weight.ndim != 2 or 0 in weight.shape:
-        raise ValueError(
-            f"quantize_weight: expected weight [O >= 1, D >= 1], got {list(weight.shape)}"
-        )
     wide = weight.detach().to(torch.float64)  # a scale may be small: fp32 quotients could overflow
     largest = wide.abs().amax(1)
     if not bool(largest.isfinite().all()):
@@ -60,8 +55,8 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> T
     """
     if not isinstance(weight, QuantizedWeight):
         raise TypeError(f"dequantize: expected a QuantizedWeight, got {type(weight).__name__}")
-    if dtype not in _FLOATS:
-        raise TypeError(f"dequantize: expected dtype one of {_FLOATS}, got {dtype}")
+    if dtype not in FLOATS:
+        raise TypeError(f"dequantize: expected dtype one of {FLOATS}, got {dtype}")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return (weight.values.to(wide) * weight.scale.to(wide)[:, None]).to(dtype)
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dar_kernels import triton_support
 from dar_kernels.aot import ARCHITECTURES, Variant
+from dar_kernels.checks import Dim, check_tensor
 from dar_kernels.quantize import QUANTIZED_DTYPES, QuantizedWeight
-from dar_kernels.triton_support import TRITON_DTYPES, cast, launch_options, tl, triton
+from dar_kernels.triton_support import cast, launch_options, tl, triton
 
-DTYPES = (*TRITON_DTYPES, torch.float64)
 WARPS = 8
 SLICES = tl.constexpr(WARPS)  # of a tile along D: one a warp
 NORM_K = tl.constexpr(512)  # of a row at once for its norm; one number for any R, for equal bits
@@ -141,26 +141,6 @@ def parts(weight: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor | None]:
     return weight if isinstance(weight, QuantizedWeight) else (weight, None)
 
 
-def check_tensor(
-    op: str,
-    name: str,
-    tensor: object,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device,
-) -> None:
-    """Raise TypeError or ValueError unless it is a tensor of this shape, dtype and device."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: expected {name} a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(str(d) for d in dtypes)
-        raise TypeError(f"{op}: expected {name} in {wanted}, got {tensor.dtype}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{op}: expected {name} {list(shape)}, got {list(tensor.shape)}")
-    if tensor.device != device:
-        raise ValueError(f"{op}: expected {name} on {device}, got {tensor.device}")
-
-
 def check_inputs(
     op: str,
     x: Tensor,
@@ -169,30 +149,22 @@ def check_inputs(
     eps: float,
 ) -> int:
     """O; raise TypeError or ValueError where an argument does not fit."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: expected x a tensor, got {type(x).__name__}")
-    if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(f"{op}: expected x [R >= 1, D >= 1], got {list(x.shape)}")
-    check_tensor(op, "x", x, tuple(x.shape), DTYPES, x.device)
+    check_tensor(op, "x", x, (Dim("R"), Dim("D")))
+    D, device = x.shape[1], x.device
     OUT = 0
     for name, weight in weights.items():
         values, scale = parts(weight)
         allowed = (x.dtype,) if scale is None else QUANTIZED_DTYPES
-        if not OUT and isinstance(values, Tensor):
-            if values.ndim != 2 or values.shape[0] < 1:
-                raise ValueError(
-                    f"{op}: expected {name} [O >= 1, {x.shape[1]}], got {list(values.shape)}"
-                )
-            OUT = values.shape[0]
-        check_tensor(op, name, values, (OUT, x.shape[1]), allowed, x.device)
-        if values.stride(1) != 1 and values.shape[1] > 1:
+        check_tensor(op, name, values, (OUT or Dim("O"), D), allowed, device)
+        OUT = values.shape[0]
+        if values.stride(1) != 1 and D > 1:
             raise ValueError(
                 f"{op}: expected {name} contiguous along D, got strides {list(values.stride())}"
             )
         if scale is not None:
-            check_tensor(op, f"{name}.scale", scale, (OUT,), (torch.float32,), x.device)
+            check_tensor(op, f"{name}.scale", scale, (OUT,), (torch.float32,), device)
     if norm_weight is not None:
-        check_tensor(op, "norm_weight", norm_weight, (x.shape[1],), (x.dtype,), x.device)
+        check_tensor(op, "norm_weight", norm_weight, (D,), (x.dtype,), device)
     if isinstance(eps, bool) or not isinstance(eps, float | int) or not eps >= 0:
         raise ValueError(f"{op}: expected eps >= 0, got {eps!r}")
     return OUT

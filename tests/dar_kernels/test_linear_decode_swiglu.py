@@ -109,7 +109,7 @@ def test_torch_rounds_as_the_prior():
         norm.weight.copy_(norm_weight)
         mlp.gate.weight.copy_(gate)
         mlp.up.weight.copy_(up)
-        h = norm(x)
+        h = norm(x).normed
         want = torch.nn.functional.silu(mlp.gate(h)) * mlp.up(h)
     got = linear_decode_swiglu(x, gate, up, norm_weight=norm_weight, implementation="torch")
     assert torch.equal(got, want)
@@ -153,7 +153,7 @@ def test_messages():
     fails(TypeError, "expected gate_weight a tensor, got NoneType", x, None, up)
     fails(TypeError, "expected up_weight a tensor, got int", x, gate, 3)
     fails(ValueError, r"expected gate_weight \[O >= 1, 16\], got \[0, 16\]", x, gate[:0], up)
-    fails(ValueError, r"expected gate_weight \[8, 16\], got \[8, 4\]", x, gate[:, :4], up)
+    fails(ValueError, r"expected gate_weight \[O >= 1, 16\], got \[8, 4\]", x, gate[:, :4], up)
     fails(ValueError, r"expected up_weight \[8, 16\], got \[7, 16\]", x, gate, up[1:])
     fails(ValueError, "expected up_weight contiguous along D", x, gate, up.T.contiguous().T)
     fails(
