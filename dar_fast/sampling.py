@@ -1,7 +1,7 @@
-"""Choosing a code: guidance, temperature, top-k, top-p, and one random stream a request.
+"""How codes are drawn: the settings and their ranges, seeds, and the noise a picture starts from.
 
-logits = uncond + s (cond - uncond); softmax(logits / temperature), filtered; drawn by Gumbel-max,
-whose noise is a function of (seed, position, code) alone: a request never depends on its batch.
+`dar_kernels.guided_sample` draws: guidance, temperature, top-k, top-p, then Gumbel-max. All noise
+is a function of a request's own seed and a counter: it never depends on its batch.
 Source: REFERENCE §2; Philox4x32-10 from Salmon et al. (2011).
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dar_kernels.philox import STREAM_NOISE, gumbel_noise, open_uniform, philox
+from dar_kernels.philox import STREAM_NOISE, open_uniform, philox
 
 MAX_SEED = 2**63 - 1
 LARGEST = 1e6  # of scales and temperatures: beyond it logits leave what fp32 can tell apart
@@ -76,37 +76,6 @@ def _is_finite(value: object) -> bool:
     return abs(value) <= LARGEST  # false for NaN
 
 
-def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    """uncond + scale (cond - uncond)."""
-    return uncond + scale * (cond - uncond)
-
-
-def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Logits `[..., V]` over the temperature, -inf where top-k, then top-p, removes a code.
-
-    A code stays under top-p while the mass before it is ≤ top_p, so the likeliest always stays.
-    """
-    logits = logits / temperature
-    V = logits.shape[-1]
-    if 0 < top_k < V:
-        least = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        mass = ordered.softmax(-1)
-        remove = (mass.cumsum(-1) - mass) > top_p
-        logits = logits.masked_fill(remove.scatter(-1, order, remove), -math.inf)
-    return logits
-
-
-def choose(logits: Tensor, gumbel: Tensor | None, sampling: Sampling) -> Tensor:
-    """Codes `[B]` from guided logits and Gumbel noise, both `[B, V]`; greedy at temperature 0."""
-    if sampling.temperature == 0 or gumbel is None:
-        return logits.argmax(-1)
-    filtered = filter_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-    return (filtered + gumbel).argmax(-1)
-
-
 def resolve_seeds(seeds: int | Sequence[int] | Tensor | None, batch: int) -> list[int]:
     """One seed a request: as given, or drawn from torch's generator; an integer s: s, s + 1, …
 
@@ -142,9 +111,3 @@ def image_noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
     angle = [2 * math.pi * v for v in u[2:]]
     parts = [f(a) * r for r, a in zip(radius, angle, strict=True) for f in (torch.cos, torch.sin)]
     return torch.stack(parts, dim=-1).flatten(1)[:, :count].reshape(len(seeds), *shape)
-
-
-__all__ = [
-    "COLDEST", "LARGEST", "MAX_SEED", "GuidanceScale", "Sampling", "choose", "filter_logits",
-    "guide", "gumbel_noise", "image_noise", "philox", "resolve_seeds",
-]  # fmt: skip

@@ -53,11 +53,6 @@ def code_bits(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     return torch.stack(words, dim=-1).flatten(-2)[..., :vocab_size]
 
 
-def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel noise `[B, n, V]` fp32 for seeds `[B]` int64 and code positions `[n]` int64."""
-    return gumbel(code_bits(seeds[:, None], positions, vocab_size))
-
-
 @triton.jit
 def code_bits_row(seed, position, BLOCK_V: tl.constexpr):
     """The words of codes 0 … BLOCK_V - 1, uint32, as `code_bits`; 4 divides BLOCK_V."""

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from truth import DEVICE, TRITON
 
@@ -122,6 +124,20 @@ def test_ties_stay_or_go_together(way, top_k, top_p):
     filtered = triton_filter(logits, 1.0, top_k, top_p) if way == "triton" else None
     filtered = filter_ref(logits, top_k, top_p) if filtered is None else filtered
     assert torch.equal(filtered, logits.masked_fill(~kept, -math.inf))
+
+
+@given(st.floats(0.05, 20), st.integers(0, 40), st.floats(0.01, 1))
+def test_filters_keep_the_likeliest_and_no_more_than_asked(temperature, top_k, top_p):
+    logits = torch.linspace(-3, 3, 33)[None].roll(7, -1) / temperature
+    kept = filter_ref(logits, top_k, top_p)[0] > -math.inf
+    assert kept[logits.argmax()]
+    p = logits[0].softmax(-1)
+    if top_k:
+        assert int(kept.sum()) <= min(top_k, 33)
+    if top_k == 0 and top_p < 1:
+        least = p[kept].min()
+        assert float(p[p > least].sum()) <= top_p + 1e-5
+        assert float(p[kept].sum()) >= top_p - 1e-5
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dar_kernels import native
 from dar_kernels.decode_step import NativeDecoder
 from dar_kernels.decoder_weights import DecoderPages
-from dar_kernels.philox import gumbel_noise
+from dar_kernels.philox import code_bits, gumbel
 
 ISAS = native.isa_supported()
 pytestmark = pytest.mark.skipif(not ISAS, reason="the C++ ops were not built")
@@ -152,12 +152,8 @@ def test_draws_of_every_instruction_set(isa, V):
     cond, uncond = torch.randn(2, R, V, generator=generator) * 3
     guidance, temperature = torch.rand(2, R, generator=generator) * 3 + 0.2
     codes = sample(cond, isa, uncond=uncond, guidance=guidance, temperature=temperature)
-    noise = torch.cat(
-        [
-            gumbel_noise(torch.tensor([r * 2**40 + 7]), torch.tensor([r * 1000]), V)[:, 0]
-            for r in range(R)
-        ]
-    ).double()
+    rows = torch.arange(R)
+    noise = gumbel(code_bits(rows * 2**40 + 7, rows * 1000, V)).double()
     s = guidance[:, None].double()
     guided = torch.where(s > 1, uncond + s * (cond - uncond).double(), cond.double())
     best = (guided / temperature[:, None] + noise).topk(min(2, V), dim=-1)
