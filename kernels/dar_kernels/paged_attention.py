@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dar_kernels import triton_support
+from dar_kernels.checks import Dim, check_tensor, readable
 from dar_kernels.dispatch import Implementation, Op
 from dar_kernels.paged_attention_triton import paged_attention_triton, variants
 from dar_kernels.pages import (
@@ -19,14 +20,11 @@ from dar_kernels.pages import (
     PAGE_SIZE,
     Pages,
     check_entries,
-    check_integers,
     check_pages,
     gather,
-    readable,
 )  # fmt: skip
 from dar_kernels.triton_support import TRITON_DTYPES
 
-DTYPES = (*TRITON_DTYPES, torch.float64)
 MAX_ROWS = 65_535  # the second dimension of a grid
 
 
@@ -114,24 +112,16 @@ def paged_attention(
         UnavailableError: where the named implementation cannot run here.
     """
     op = "paged_attention"
-    if not isinstance(q, Tensor):
-        raise TypeError(f"{op}: expected q a tensor, got {type(q).__name__}")
-    if q.dtype not in DTYPES:
-        raise TypeError(f"{op}: expected q in one of {DTYPES}, got {q.dtype}")
-    if q.ndim != 3 or q.shape[1] < 1 or not 1 <= q.shape[2] <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"{op}: expected q [R, H, Dh] with Dh at most {MAX_HEAD_DIM}, got {list(q.shape)}"
-        )
+    check_tensor(op, "q", q, (Dim("R", 0, MAX_ROWS), Dim("H"), Dim("Dh", 1, MAX_HEAD_DIM)))
     R, H, Dh = q.shape
-    if R > MAX_ROWS:
-        raise ValueError(f"{op}: expected at most {MAX_ROWS} rows, got {R}")
     check_pages(op, pages, q, None, Dh)
     if H % pages.keys.shape[1]:
         raise ValueError(
             f"{op}: expected Hkv dividing the {H} heads of q, got {pages.keys.shape[1]}"
         )
-    check_integers(op, "block_table", block_table, q, 2)
-    check_integers(op, "lengths", lengths, q, 1)
+    integers = (torch.int32,)
+    check_tensor(op, "block_table", block_table, (R, Dim("max_pages")), integers, q.device)
+    check_tensor(op, "lengths", lengths, (R,), integers, q.device)
     if readable(q) and R:
         most = block_table.shape[1] * PAGE_SIZE
         low, high = int(lengths.min()), int(lengths.max())

@@ -11,10 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dar_kernels.checks import FLOATS, Dim, check_tensor
+
 PAGE_SIZE = 32
 MAX_HEAD_DIM = 256  # a tile of 32 such keys in fp32 still fits the registers of four warps
 LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-PAGE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, *LARGEST_CODE)
+PAGE_DTYPES = (*FLOATS, *LARGEST_CODE)
 TINY = 1e-30  # least max|x|: its reciprocal times 448 is finite in fp32
 
 
@@ -90,64 +92,34 @@ def check_pages(op: str, pages: Pages, x: Tensor, kv_heads: int | None, head_dim
     """Raise unless `pages` have such heads and can serve `x`: its device, its dtype."""
     if not isinstance(pages, Pages):
         raise TypeError(f"{op}: expected pages a Pages, got {type(pages).__name__}")
-    keys, dtype = pages.keys, pages.keys.dtype
-    if dtype not in LARGEST_CODE and dtype != x.dtype:
-        raise TypeError(f"{op}: expected pages in {x.dtype}, int8 or float8_e4m3fn, got {dtype}")
-    Hkv = kv_heads or (keys.shape[1] if keys.ndim > 1 else 1)
-    if keys.ndim != 4 or keys.shape[1:] != (Hkv, PAGE_SIZE, head_dim) or 0 in keys.shape:
-        raise ValueError(
-            f"{op}: expected keys [num_pages, {kv_heads or 'Hkv'}, {PAGE_SIZE}, {head_dim}], "
-            f"got {list(keys.shape)}"
-        )
+    keys = pages.keys
+    shape = (Dim("num_pages"), kv_heads or Dim("Hkv"), PAGE_SIZE, head_dim)
+    check_tensor(op, "keys", keys, shape, (x.dtype, *LARGEST_CODE), x.device)
     if keys.stride()[2:] != (head_dim, 1):
         raise ValueError(
             f"{op}: expected keys with strides (…, {head_dim}, 1), got {keys.stride()}"
         )
-    _check_like(op, "values", pages.values, keys, dtype)
-    scaled = dtype in LARGEST_CODE
+    _check_twin(op, "values", pages.values, keys)
+    scaled = keys.dtype in LARGEST_CODE
     for name, scales in (("key_scales", pages.key_scales), ("value_scales", pages.value_scales)):
         if (scales is not None) != scaled:
             wanted = "a tensor" if scaled else "None"
-            raise ValueError(f"{op}: expected {name} {wanted} with {dtype} pages")
-        if scales is not None and (
-            scales.shape != keys.shape[:3] or scales.dtype != torch.float32 or scales.stride(2) != 1
-        ):
-            raise ValueError(
-                f"{op}: expected {name} fp32 {list(keys.shape[:3])} with last stride 1, "
-                f"got {scales.dtype} {list(scales.shape)} with {scales.stride(-1)}"
-            )
-    if pages.key_scales is not None and pages.value_scales is not None:
-        _check_like(op, "value_scales", pages.value_scales, pages.key_scales, torch.float32)
-        if pages.key_scales.device != x.device:
-            raise ValueError(f"{op}: expected scales on {x.device}, got {pages.key_scales.device}")
-    if keys.device != x.device:
-        raise ValueError(f"{op}: expected pages on {x.device}, got {keys.device}")
+            got = "None" if scales is None else "a tensor"
+            raise ValueError(f"{op}: expected {name} {wanted} with {keys.dtype} pages, got {got}")
+    if pages.key_scales is not None:
+        check_tensor(op, "key_scales", pages.key_scales, keys.shape[:3], (torch.float32,), x.device)
+        if pages.key_scales.stride(2) != 1:
+            strides = pages.key_scales.stride()
+            raise ValueError(f"{op}: expected key_scales with last stride 1, got strides {strides}")
+        _check_twin(op, "value_scales", pages.value_scales, pages.key_scales)
 
 
-def _check_like(op: str, name: str, tensor: Tensor, other: Tensor, dtype: torch.dtype) -> None:
-    def describe(t: Tensor) -> str:
-        return f"{t.dtype} {list(t.shape)} with strides {t.stride()} on {t.device}"
-
-    if describe(tensor) != describe(other):
-        raise ValueError(f"{op}: expected {name} {describe(other)}, got {describe(tensor)}")
-
-
-def check_integers(op: str, name: str, tensor: Tensor, x: Tensor, ndim: int) -> None:
-    """Raise unless `tensor` is int32 `[R]` or `[R, P ≥ 1]` on the device of `x` `[R, …]`."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: expected {name} a tensor, got {type(tensor).__name__}")
-    if tensor.dtype != torch.int32:
-        raise TypeError(f"{op}: expected {name} in torch.int32, got {tensor.dtype}")
-    if tensor.ndim != ndim or len(tensor) != len(x) or 0 in tensor.shape[1:]:
-        shape = f"[{len(x)}, max_pages]" if ndim == 2 else f"[{len(x)}]"
-        raise ValueError(f"{op}: expected {name} {shape}, got {list(tensor.shape)}")
-    if tensor.device != x.device:
-        raise ValueError(f"{op}: expected {name} on {x.device}, got {tensor.device}")
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether values can be checked: on the CPU, and not while a graph is traced."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+def _check_twin(op: str, name: str, tensor: object, other: Tensor) -> None:
+    check_tensor(op, name, tensor, other.shape, (other.dtype,), other.device)
+    if isinstance(tensor, Tensor) and tensor.stride() != other.stride():
+        raise ValueError(
+            f"{op}: expected {name} with strides {other.stride()}, got {tensor.stride()}"
+        )
 
 
 def check_entries(op: str, block_table: Tensor, used: Tensor, num_pages: int) -> None:

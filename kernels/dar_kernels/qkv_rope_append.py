@@ -11,21 +11,18 @@ import torch
 from torch import Tensor
 
 from dar_kernels import triton_support
+from dar_kernels.checks import Dim, check_tensor, readable
 from dar_kernels.dispatch import Implementation, Op
 from dar_kernels.pages import (
     MAX_HEAD_DIM,
     PAGE_SIZE,
     Pages,
     check_entries,
-    check_integers,
     check_pages,
     quantise,
-    readable,
 )  # fmt: skip
 from dar_kernels.qkv_rope_append_triton import qkv_rope_append_triton, variants
 from dar_kernels.triton_support import TRITON_DTYPES
-
-DTYPES = (*TRITON_DTYPES, torch.float64)
 
 
 def qkv_rope_append_ref(
@@ -140,32 +137,22 @@ def qkv_rope_append(
         UnavailableError: where the named implementation cannot run here.
     """
     op = "qkv_rope_append"
-    if not isinstance(qkv, Tensor):
-        raise TypeError(f"{op}: expected qkv a tensor, got {type(qkv).__name__}")
-    if qkv.dtype not in DTYPES:
-        raise TypeError(f"{op}: expected qkv in one of {DTYPES}, got {qkv.dtype}")
+    check_tensor(op, "qkv", qkv, ("R", "(H + 2 Hkv) Dh"))
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"{op}: expected heads a multiple of kv_heads, got {heads} and {kv_heads}")
     total = heads + 2 * kv_heads
     Dh = qkv.shape[-1] // total
-    if qkv.ndim != 2 or qkv.shape[1] != total * Dh or Dh % 2 or not 2 <= Dh <= MAX_HEAD_DIM:
+    if qkv.shape[1] != total * Dh or Dh % 2 or not 2 <= Dh <= MAX_HEAD_DIM:
         raise ValueError(
             f"{op}: expected qkv [R, {total}·Dh] with Dh even and at most {MAX_HEAD_DIM}, "
             f"got {list(qkv.shape)}"
         )
     check_pages(op, pages, qkv, kv_heads, Dh)
-    check_integers(op, "block_table", block_table, qkv, 2)
-    check_integers(op, "positions", positions, qkv, 1)
-    for name, table in (("cos", cos), ("sin", sin)):
-        if not isinstance(table, Tensor):
-            raise TypeError(f"{op}: expected {name} a tensor, got {type(table).__name__}")
-        if table.dtype != torch.float32:
-            raise TypeError(f"{op}: expected {name} in torch.float32, got {table.dtype}")
-        N = "N" if table is cos else len(cos)
-        if table.ndim != 2 or table.shape != (len(cos), Dh // 2) or len(cos) < 1:
-            raise ValueError(f"{op}: expected {name} [{N}, {Dh // 2}], got {list(table.shape)}")
-        if table.device != qkv.device:
-            raise ValueError(f"{op}: expected {name} on {qkv.device}, got {table.device}")
+    R, integers = len(qkv), (torch.int32,)
+    check_tensor(op, "block_table", block_table, (R, Dim("max_pages")), integers, qkv.device)
+    check_tensor(op, "positions", positions, (R,), integers, qkv.device)
+    check_tensor(op, "cos", cos, (Dim("N"), Dh // 2), (torch.float32,), qkv.device)
+    check_tensor(op, "sin", sin, cos.shape, (torch.float32,), qkv.device)
     if readable(qkv):
         end = min(len(cos), block_table.shape[1] * PAGE_SIZE)
         bad = (positions < -1) | (positions >= end)

@@ -178,31 +178,42 @@ def test_errors():
 
     error(TypeError, "q a tensor, got list", q=[1])
     error(TypeError, "q in one of .*, got torch.int64", q=q.long())
-    error(ValueError, r"q \[R, H, Dh\] with Dh at most 256, got \[2, 32\]", q=q[:, 0])
-    error(ValueError, r"q \[R, H, Dh\] .* got \[2, 4, 300\]", q=torch.zeros(2, 4, 300))
-    error(ValueError, "at most 65535 rows", q=torch.zeros(1, 1, 1).expand(70_000, 1, 32))
+    error(ValueError, r"q \[.* R .*, H >= 1, 1 <= Dh <= 256\], got \[2, 32\]", q=q[:, 0])
+    error(ValueError, r"q \[.*, 1 <= Dh <= 256\], got \[2, 4, 300\]", q=torch.zeros(2, 4, 300))
+    error(
+        ValueError,
+        r"q \[0 <= R <= 65535, .*, got \[70000",
+        q=torch.zeros(1, 1, 1).expand(70_000, 1, 32),
+    )
     error(ValueError, "Hkv dividing the 3 heads of q, got 2", q=q[:, :3])
     error(TypeError, "pages a Pages, got tuple", pages=tuple(pages))
-    error(TypeError, "pages in torch.float16, int8 or float8_e4m3fn, got torch.fl", q=q.half())
-    error(ValueError, r"keys \[num_pages, Hkv, 32, 16\]", q=q[..., :16])
+    error(TypeError, "keys in one of .*16, .*int8, .*float8_e4m3fn, got torch.fl", q=q.half())
+    error(ValueError, r"keys \[num_pages >= 1, Hkv >= 1, 32, 16\]", q=q[..., :16])
     short = Pages(*(t[:, :, :16] for t in pages[:2]))
-    error(ValueError, r"keys \[num_pages, Hkv, 32, 32\], got \[\d+, 2, 16, 32\]", pages=short)
+    error(ValueError, r"keys \[num_pages .*, Hkv .*, 32, 32\], got \[\d+, 2, 16, 32\]", pages=short)
     strided = Pages(*(t.transpose(2, 3) for t in pages[:2]))
     error(ValueError, r"keys with strides \(…, 32, 1\), got", pages=strided)
-    error(ValueError, "values torch.float32 .*, got", pages=Pages(pages.keys, pages.values[1:]))
+    error(ValueError, r"values \[\d+, 2, 32, 32\], got", pages=Pages(pages.keys, pages.values[1:]))
     int8 = new_pages(4, 2, 32, dtype=torch.int8, device=DEVICE)
-    error(ValueError, "key_scales a tensor with torch.int8", pages=Pages(*int8[:2]))
+    error(ValueError, "key_scales a tensor with torch.int8 pages, got None", pages=Pages(*int8[:2]))
     error(ValueError, "value_scales None", pages=Pages(*pages[:2], None, int8.value_scales))
     error(
-        ValueError, r"key_scales fp32 \[4, 2, 32\] .*, got torch.float64",
+        TypeError, "key_scales in torch.float32, got torch.float64",
         pages=int8._replace(key_scales=int8.key_scales.double()),
     )  # fmt: skip
+    unlike = pages.values.new_zeros(*pages.values.shape, 2)[..., 0]
+    error(ValueError, "values with strides .*, got", pages=Pages(pages.keys, unlike))
+    scales = int8.key_scales.mT.contiguous().mT
+    error(
+        ValueError, "key_scales with last stride 1, got strides",
+        pages=int8._replace(key_scales=scales),
+    )  # fmt: skip
     error(TypeError, "block_table in torch.int32, got torch.int64", block_table=table.long())
-    error(ValueError, r"block_table \[2, max_pages\], got \[1, 2\]", block_table=table[:1])
-    error(ValueError, r"block_table \[2, max_pages\], got \[2, 0\]", block_table=table[:, :0])
+    error(ValueError, r"block_table \[2, max_pages >= 1\], got \[1, 2\]", block_table=table[:1])
+    error(ValueError, r"block_table \[2, max_pages >= 1\], got \[2, 0\]", block_table=table[:, :0])
     error(TypeError, "lengths a tensor, got list", lengths=[40, 3])
     error(ValueError, r"lengths \[2\], got \[2, 1\]", lengths=lengths[:, None])
-    error(ValueError, "pages on meta, got", q=q.to("meta"))
+    error(ValueError, "keys on meta, got", q=q.to("meta"))
     with pytest.raises(ValueError, match="expected implementation one of triton, torch"):
         paged_attention(q, pages, table, lengths, implementation="native")
 
