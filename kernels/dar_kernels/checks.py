@@ -38,10 +38,12 @@ def check_tensor(
     name: str,
     value: object,
     shape: Shape,
-    dtypes: Sequence[torch.dtype] = FLOATS,
+    dtypes: Sequence[torch.dtype] | None = FLOATS,
     device: torch.device | None = None,
 ) -> None:
     """Raise unless `value` is a tensor of this shape, in one of these dtypes, on this device.
+
+    None: any dtype, or any device.
 
     Raises:
         TypeError: where it is no tensor, or of another dtype.
@@ -49,7 +51,7 @@ def check_tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: expected {name} a tensor, got {type(value).__name__}")
-    if value.dtype not in dtypes:
+    if dtypes is not None and value.dtype not in dtypes:
         names = ", ".join(str(dtype) for dtype in dict.fromkeys(dtypes))
         names = f"one of {names}" if "," in names else names
         raise TypeError(f"{op}: expected {name} in {names}, got {value.dtype}")

@@ -6,9 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dar_kernels.checks import check_tensor
 from dar_kernels.pages import PAGE_SIZE
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CPU = torch.device("cpu")
 
 
 class LayerWeights(NamedTuple):
@@ -77,14 +79,7 @@ def readable(tensor: Tensor) -> Tensor:
         TypeError: where it is no tensor of a dtype that weights can have.
         ValueError: where it is not on the CPU.
     """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"decode_step: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in WEIGHT_DTYPES:
-        raise TypeError(
-            f"decode_step: expected weights in one of {WEIGHT_DTYPES}, got {tensor.dtype}"
-        )
-    if tensor.device.type != "cpu":
-        raise ValueError(f"decode_step: expected weights on the CPU, got {tensor.device}")
+    check_tensor("decode_step", "weights", tensor, (...,), WEIGHT_DTYPES, CPU)
     tensor = tensor.detach().contiguous()
     return tensor.float() if tensor.dtype == torch.float16 else tensor
 
@@ -94,11 +89,5 @@ def check_on_cpu(tensors: dict[str, Tensor], pages: DecoderPages) -> None:
     if not isinstance(pages, DecoderPages):
         raise TypeError(f"decode_step: expected pages a DecoderPages, got {type(pages).__name__}")
     for name, tensor in (tensors | pages._asdict()).items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"decode_step: expected {name} a tensor, got {type(tensor).__name__}")
-        if tensor.device.type != "cpu":
-            raise ValueError(f"decode_step: expected {name} on the CPU, got {tensor.device}")
-    if tensors["positions"].ndim != 1:
-        raise ValueError(
-            f"decode_step: expected positions [B], got {list(tensors['positions'].shape)}"
-        )
+        shape = ("B",) if name == "positions" else (...,)  # else the C++ compares shapes
+        check_tensor("decode_step", name, tensor, shape, None, CPU)

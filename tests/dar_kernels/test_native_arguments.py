@@ -36,7 +36,7 @@ WRONG = {
     "x-shape": ({"x": torch.ones(4, 95)}, ValueError, r"contiguous, got float32 \[4, 95\]"),
     "x-strides": ({"x": torch.ones(96, 4).T}, ValueError, r"got float32 \[4, 96\] with strides"),
     "x-rows": ({"guided": False}, ValueError, r"expected x float32 \[2, 96\]"),
-    "x-device": ({"x": torch.ones(4, 96, device="meta")}, ValueError, "x on the CPU, got meta"),
+    "x-device": ({"x": torch.ones(4, 96, device="meta")}, ValueError, "x on cpu, got meta"),
     "x-codes": ({"x": ints([0, 77])}, ValueError, r"codes of x in \[0, 77\), got 77"),
     "pages-type": ({"pages": None}, TypeError, "expected pages a DecoderPages, got NoneType"),
     "pages-dtype": (
@@ -95,7 +95,7 @@ def test_wrong_weights_are_named():
     for change, error, message in (
         ({"head": weights.head.double()}, TypeError, "weights in one of .*float64"),
         ({"head": weights.head[:, :5]}, ValueError, r"expected head float32 \[77, 96\]"),
-        ({"head": weights.head.to("meta")}, ValueError, "weights on the CPU, got meta"),
+        ({"head": weights.head.to("meta")}, ValueError, "weights on cpu, got meta"),
         ({"norm": torch.ones(95)}, ValueError, "got float32"),
         ({"heads": 0}, ValueError, "heads >= 1 and kv_heads dividing them, got 0 and 2"),
         ({"kv_heads": 3}, ValueError, "got 4 and 3"),
