@@ -1,6 +1,7 @@
 """What the tests share: a pipeline small enough that a picture takes milliseconds."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -27,8 +28,13 @@ THREADS = torch.get_num_threads()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """One thread for the tiny models, which a second one only slows down; all for full sizes."""
+    """One thread for the tiny models, which a second one only slows down; all for full sizes.
+
+    No compiled graph of another test.
+    """
     torch.set_num_threads(THREADS if item.get_closest_marker("slow") else 1)
+    if "torch._dynamo" in sys.modules:  # all functools.partial share its limit of 8
+        torch._dynamo.reset()
 
 
 TINY_TOKENIZER = TokenizerConfig(
