@@ -24,13 +24,13 @@ from torch import Tensor
 
 from dar_kernels import adaln_cross_attention_backward as backward
 from dar_kernels import adaln_cross_attention_forward as forward
-from dar_kernels import modulate_native, triton_support
+from dar_kernels import modulate_native
 from dar_kernels.adaln_cross_attention_tiles import NORM_EPS
 from dar_kernels.aot import DenoiserShape, Shape, Variant
 from dar_kernels.checks import Dim, check_tensor, dtypes_beside, lowered
-from dar_kernels.dispatch import Implementation, Op, needs_grad
+from dar_kernels.dispatch import Op, needs_grad
+from dar_kernels.implementations import by_native, by_torch, by_triton
 from dar_kernels.linear import PackedWeight
-from dar_kernels.triton_support import TRITON_DTYPES
 
 MAX_DIM, MAX_HEAD_DIM, MAX_KEYS = 8192, 64, 64  # what Triton keeps in registers
 
@@ -112,16 +112,9 @@ _adaln_cross_attention.register_autograd(_autograd, setup_context=_setup_context
 OP = Op(
     name="adaln_cross_attention",
     implementations=(
-        Implementation(
-            name="triton",
-            run=_adaln_cross_attention,
-            devices=("cuda",),
-            on_request=("cpu",),
-            dtypes=TRITON_DTYPES,
-            missing=triton_support.missing,
-        ),
-        modulate_native.implementation(modulate_native.adaln_cross_attention),
-        Implementation(name="torch", run=adaln_cross_attention_ref),
+        by_triton(_adaln_cross_attention),
+        by_native(modulate_native.adaln_cross_attention, modulate_native.NATIVE_DTYPES),
+        by_torch(adaln_cross_attention_ref),
     ),
 )
 

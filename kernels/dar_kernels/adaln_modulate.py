@@ -17,12 +17,12 @@ from torch import Tensor
 from dar_kernels import modulate_native
 from dar_kernels.adaln_modulate_triton import launch, variants
 from dar_kernels.checks import check_alike, check_tensor, dtypes_beside, lowered
-from dar_kernels.dispatch import Implementation, Op, needs_grad
+from dar_kernels.dispatch import Op, needs_grad
+from dar_kernels.implementations import by_native, by_torch, by_triton
 from dar_kernels.layer_norm_modulate import layer_norm_modulate_backward, layer_norm_modulate_ref
 from dar_kernels.layer_norm_rows import TOKENS
 from dar_kernels.linear import PackedWeight
 from dar_kernels.rows import matrix_of
-from dar_kernels.triton_support import TRITON_DTYPES, missing
 
 
 class AdaLNModulate(NamedTuple):
@@ -79,16 +79,9 @@ _adaln_modulate.register_autograd(_autograd, setup_context=_setup_context)
 OP = Op(
     name="adaln_modulate",
     implementations=(
-        Implementation(
-            name="triton",
-            run=_adaln_modulate,
-            devices=("cuda",),
-            on_request=("cpu",),
-            dtypes=TRITON_DTYPES,
-            missing=missing,
-        ),
-        modulate_native.implementation(modulate_native.adaln_modulate),
-        Implementation(name="torch", run=adaln_modulate_ref),
+        by_triton(_adaln_modulate),
+        by_native(modulate_native.adaln_modulate, modulate_native.NATIVE_DTYPES),
+        by_torch(adaln_modulate_ref),
     ),
 )
 

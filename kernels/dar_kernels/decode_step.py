@@ -21,7 +21,8 @@ from dar_kernels.decoder_weights import (
     check_on_cpu,
     readable,
 )
-from dar_kernels.dispatch import Implementation, Op, UnavailableError
+from dar_kernels.dispatch import Op, UnavailableError
+from dar_kernels.implementations import by_native, by_torch
 from dar_kernels.pages import PAGE_SIZE
 from dar_kernels.quantize import quantize_weight
 
@@ -75,15 +76,8 @@ def decode_step_ref(
 OP = Op(
     name="decode_step",
     implementations=(
-        Implementation(
-            name="native",
-            run=lambda weights: NativeDecoder(weights),
-            devices=("cpu",),
-            dtypes=WEIGHT_DTYPES,
-            backward=False,
-            missing=native.missing,
-        ),
-        Implementation(name="torch", run=decode_step_ref),
+        by_native(lambda weights: NativeDecoder(weights), WEIGHT_DTYPES),
+        by_torch(decode_step_ref),
     ),
 )
 

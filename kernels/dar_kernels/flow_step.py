@@ -17,12 +17,12 @@ from torch import Tensor
 
 from dar_kernels.aot import DenoiserShape, Shape, Variant
 from dar_kernels.checks import Dim, check_tensor
-from dar_kernels.dispatch import Implementation, Op
+from dar_kernels.dispatch import Op
+from dar_kernels.implementations import by_torch, by_triton
 from dar_kernels.triton_support import (
     TRITON_DTYPES,
     contiguous_last,
     launch_options,
-    missing,
     tl,
     triton,
 )
@@ -129,20 +129,7 @@ def _(x: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-OP = Op(
-    name="flow_step",
-    implementations=(
-        Implementation(
-            name="triton",
-            run=_flow_step,
-            devices=("cuda",),
-            on_request=("cpu",),
-            dtypes=(torch.float32,),
-            missing=missing,
-        ),
-        Implementation(name="torch", run=flow_step_ref),
-    ),
-)
+OP = Op(name="flow_step", implementations=(by_triton(_flow_step), by_torch(flow_step_ref)))
 
 
 def variants(shape: Shape) -> Iterator[Variant]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from dar_kernels import modulate_native
 from dar_kernels.aot import DenoiserShape, Shape, Variant
 from dar_kernels.checks import check_alike, lowered
-from dar_kernels.dispatch import Implementation, Op, needs_grad
+from dar_kernels.dispatch import Op, needs_grad
+from dar_kernels.implementations import by_native, by_torch, by_triton
 from dar_kernels.layer_norm_rows import (
     EPS,
     TOKENS,
@@ -26,7 +27,7 @@ from dar_kernels.layer_norm_rows import (
     row_launch,
 )
 from dar_kernels.rows import matrix_of
-from dar_kernels.triton_support import TRITON_DTYPES, cast, missing, tl, triton
+from dar_kernels.triton_support import cast, tl, triton
 
 
 class GateResidual(NamedTuple):
@@ -172,16 +173,9 @@ _gate_residual_modulate.register_autograd(_autograd, setup_context=_setup_contex
 OP = Op(
     name="gate_residual_modulate",
     implementations=(
-        Implementation(
-            name="triton",
-            run=_gate_residual_modulate,
-            devices=("cuda",),
-            on_request=("cpu",),
-            dtypes=TRITON_DTYPES,
-            missing=missing,
-        ),
-        modulate_native.implementation(modulate_native.gate_residual_modulate),
-        Implementation(name="torch", run=gate_residual_modulate_ref),
+        by_triton(_gate_residual_modulate),
+        by_native(modulate_native.gate_residual_modulate, modulate_native.NATIVE_DTYPES),
+        by_torch(gate_residual_modulate_ref),
     ),
 )
 

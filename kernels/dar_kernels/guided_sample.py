@@ -14,11 +14,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from dar_kernels import native, triton_support
+from dar_kernels import native
 from dar_kernels.aot import DecoderShape, Shape, Variant
 from dar_kernels.checks import FLOATS, Dim, check_tensor
-from dar_kernels.dispatch import Implementation, Op
+from dar_kernels.dispatch import Op
 from dar_kernels.filters import LARGEST, Setting, column, filter_ref, filter_row
+from dar_kernels.implementations import by_native, by_torch, by_triton
 from dar_kernels.philox import code_bits, gumbel, gumbel_row
 from dar_kernels.triton_support import TRITON_DTYPES, contiguous_last, launch_options, tl, triton
 
@@ -135,13 +136,11 @@ def _native_missing() -> str | None:
 OP = Op(
     name="guided_sample",
     implementations=(
-        Implementation(name="triton", run=_triton, devices=("cuda",), on_request=("cpu",),
-                       dtypes=TRITON_DTYPES, missing=triton_support.missing),
-        Implementation(name="native", run=_compiled, devices=("cpu",), dtypes=TRITON_DTYPES,
-                       missing=_native_missing),
-        Implementation(name="torch", run=guided_sample_ref),
+        by_triton(_triton),
+        by_native(_compiled, TRITON_DTYPES, _native_missing),
+        by_torch(guided_sample_ref),
     ),
-)  # fmt: skip
+)
 
 
 @torch.library.custom_op("dar::guided_sample", mutates_args=())

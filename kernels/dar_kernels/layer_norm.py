@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dar_kernels import triton_support
 from dar_kernels.aot import DecoderShape, Shape, Variant
 from dar_kernels.checks import check_norm
-from dar_kernels.dispatch import Implementation, Op
+from dar_kernels.dispatch import Op
+from dar_kernels.implementations import by_torch, by_triton
 from dar_kernels.layer_norm_backward import (
     backward_variant,
     layer_norm_backward,
@@ -25,7 +25,7 @@ from dar_kernels.layer_norm_backward import (
     row_offset,
 )
 from dar_kernels.rows import empty_in_order, memory_order, row_blocks, rows_of
-from dar_kernels.triton_support import TRITON_DTYPES, cast, tl, triton
+from dar_kernels.triton_support import cast, tl, triton
 
 MAX_DIM = 8192  # one program keeps a whole row in registers
 NUMBERS = 2048  # of a tile at least: 16 a thread, two loads of 16 bytes on the way
@@ -107,16 +107,7 @@ def _autograd(ctx, dy: Tensor):
 
 _layer_norm.register_autograd(_autograd, setup_context=_setup_context)
 
-OP = Op(
-    name="layer_norm",
-    implementations=(
-        Implementation(
-            name="triton", run=_layer_norm, devices=("cuda",), on_request=("cpu",),
-            dtypes=TRITON_DTYPES, missing=triton_support.missing,
-        ),
-        Implementation(name="torch", run=_torch),
-    ),
-)  # fmt: skip
+OP = Op(name="layer_norm", implementations=(by_triton(_layer_norm), by_torch(_torch)))
 
 
 def variants(shape: Shape) -> Iterator[Variant]:

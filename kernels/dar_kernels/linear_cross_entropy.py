@@ -14,10 +14,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dar_kernels import triton_support
 from dar_kernels.aot import DecoderShape, Shape, Variant
 from dar_kernels.checks import Dim, check_below, check_tensor, dtypes_beside, lowered
-from dar_kernels.dispatch import Implementation, Op
+from dar_kernels.dispatch import Op
+from dar_kernels.implementations import by_torch, by_triton
 from dar_kernels.linear_cross_entropy_backward import (
     chunks,
     dlogits_kernel,
@@ -28,7 +28,7 @@ from dar_kernels.linear_cross_entropy_backward import (
     tiles_of,
     wide,
 )
-from dar_kernels.triton_support import TRITON_DTYPES, contiguous_last, tl, triton
+from dar_kernels.triton_support import contiguous_last, tl, triton
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -79,14 +79,7 @@ def _lse_torch(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     return lse, picked
 
 
-OP = Op(
-    name="linear_cross_entropy",
-    implementations=(
-        Implementation(name="triton", run=_lse_triton, devices=("cuda",), on_request=("cpu",),
-                       dtypes=TRITON_DTYPES, missing=triton_support.missing),
-        Implementation(name="torch", run=_lse_torch),
-    ),
-)  # fmt: skip
+OP = Op(name="linear_cross_entropy", implementations=(by_triton(_lse_triton), by_torch(_lse_torch)))
 
 
 @torch.library.custom_op("dar::linear_cross_entropy", mutates_args=())

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dar_kernels import triton_support
 from dar_kernels.aot import DecoderShape, Shape, Variant
 from dar_kernels.checks import check_tensor
-from dar_kernels.dispatch import Implementation, Op
+from dar_kernels.dispatch import Op
+from dar_kernels.implementations import by_torch, by_triton
 from dar_kernels.quantize import QuantizedWeight, dequantize
-from dar_kernels.triton_support import TRITON_DTYPES, cast, contiguous_last, dot, tl, triton
+from dar_kernels.triton_support import cast, contiguous_last, dot, tl, triton
 from dar_kernels.weight_streaming import (
     SLICES,
     as_stored,
@@ -157,20 +157,7 @@ def _triton(
     return y
 
 
-OP = Op(
-    name="linear_decode",
-    implementations=(
-        Implementation(
-            name="triton",
-            run=_triton,
-            devices=("cuda",),
-            on_request=("cpu",),
-            dtypes=TRITON_DTYPES,
-            missing=triton_support.missing,
-        ),
-        Implementation(name="torch", run=_torch),
-    ),
-)
+OP = Op(name="linear_decode", implementations=(by_triton(_triton), by_torch(_torch)))
 
 
 def variants(shape: Shape) -> Iterator[Variant]:

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dar_kernels import triton_support
 from dar_kernels.aot import DecoderShape, Shape, Variant
-from dar_kernels.dispatch import Implementation, Op
+from dar_kernels.dispatch import Op
+from dar_kernels.implementations import by_torch, by_triton
 from dar_kernels.linear_decode import linear_decode_ref, normalised, plain
 from dar_kernels.quantize import QuantizedWeight
-from dar_kernels.triton_support import TRITON_DTYPES, cast, contiguous_last, dot, tl, triton
+from dar_kernels.triton_support import cast, contiguous_last, dot, tl, triton
 from dar_kernels.weight_streaming import (
     SLICES,
     as_stored,
@@ -147,20 +147,7 @@ def _triton(
     return y
 
 
-OP = Op(
-    name="linear_decode_swiglu",
-    implementations=(
-        Implementation(
-            name="triton",
-            run=_triton,
-            devices=("cuda",),
-            on_request=("cpu",),
-            dtypes=TRITON_DTYPES,
-            missing=triton_support.missing,
-        ),
-        Implementation(name="torch", run=_torch),
-    ),
-)
+OP = Op(name="linear_decode_swiglu", implementations=(by_triton(_triton), by_torch(_torch)))
 
 
 def variants(shape: Shape) -> Iterator[Variant]:

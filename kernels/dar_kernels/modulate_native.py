@@ -3,31 +3,14 @@
 Each is one pass over rows that stay in the first-level cache; fp32 and bf16, sums in fp32.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from dar_kernels import native
-from dar_kernels.dispatch import Implementation
+from dar_kernels.layer_norm_rows import EPS
 from dar_kernels.linear import PackedWeight, linear
 from dar_kernels.triton_support import contiguous_last
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-EPS = 1e-6
-
-
-def implementation(run: Callable[..., Any]) -> Implementation[..., Any]:
-    """One of the functions below as an op's `native`."""
-    return Implementation(
-        name="native",
-        run=run,
-        devices=("cpu",),
-        dtypes=NATIVE_DTYPES,
-        backward=False,
-        missing=native.missing,
-    )
 
 
 def blocked(device: str) -> bool:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from dar_kernels import native, triton_support
 from dar_kernels.checks import check_tensor
-from dar_kernels.dispatch import Implementation, Op, needs_grad
+from dar_kernels.dispatch import Op, needs_grad
+from dar_kernels.implementations import by_native, by_torch, by_triton
 from dar_kernels.layer_norm import layer_norm
 from dar_kernels.rope_2d import rope_2d
-from dar_kernels.triton_support import TRITON_DTYPES
 
 EPS = 1e-6
 NATIVE_HEAD_DIMS = (16, 32, 64)
@@ -117,23 +117,9 @@ def _(
 OP = Op(
     name="normed_attention",
     implementations=(
-        Implementation(
-            name="triton",
-            run=functools.partial(_library, "triton"),
-            devices=("cuda",),
-            on_request=("cpu",),
-            dtypes=TRITON_DTYPES,
-            missing=triton_support.missing,
-        ),
-        Implementation(
-            name="native",
-            run=_compiled,
-            devices=("cpu",),
-            dtypes=(torch.bfloat16,),
-            backward=False,
-            missing=_native_missing,
-        ),
-        Implementation(name="torch", run=functools.partial(_library, "torch")),
+        by_triton(functools.partial(_library, "triton")),
+        by_native(_compiled, (torch.bfloat16,), _native_missing),
+        by_torch(functools.partial(_library, "torch")),
     ),
 )
 

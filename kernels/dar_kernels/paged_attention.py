@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dar_kernels import triton_support
 from dar_kernels.checks import Dim, check_tensor, readable
-from dar_kernels.dispatch import Implementation, Op
+from dar_kernels.dispatch import Op
+from dar_kernels.implementations import by_torch, by_triton
 from dar_kernels.paged_attention_triton import paged_attention_triton, variants
 from dar_kernels.pages import (
     MAX_HEAD_DIM,
@@ -23,7 +23,6 @@ from dar_kernels.pages import (
     check_pages,
     gather,
 )  # fmt: skip
-from dar_kernels.triton_support import TRITON_DTYPES
 
 MAX_ROWS = 65_535  # the second dimension of a grid
 
@@ -65,20 +64,7 @@ def _triton(q: Tensor, pages: Pages, block_table: Tensor, lengths: Tensor, scale
     return out
 
 
-OP = Op(
-    name="paged_attention",
-    implementations=(
-        Implementation(
-            name="triton",
-            run=_triton,
-            devices=("cuda",),
-            on_request=("cpu",),
-            dtypes=TRITON_DTYPES,
-            missing=triton_support.missing,
-        ),
-        Implementation(name="torch", run=_torch),
-    ),
-)
+OP = Op(name="paged_attention", implementations=(by_triton(_triton), by_torch(_torch)))
 
 
 def paged_attention(

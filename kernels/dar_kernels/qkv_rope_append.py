@@ -10,9 +10,9 @@ layout is vLLM's (Kwon et al., 2023).
 import torch
 from torch import Tensor
 
-from dar_kernels import triton_support
 from dar_kernels.checks import Dim, check_tensor, readable
-from dar_kernels.dispatch import Implementation, Op
+from dar_kernels.dispatch import Op
+from dar_kernels.implementations import by_torch, by_triton
 from dar_kernels.pages import (
     MAX_HEAD_DIM,
     PAGE_SIZE,
@@ -22,7 +22,6 @@ from dar_kernels.pages import (
     quantise,
 )  # fmt: skip
 from dar_kernels.qkv_rope_append_triton import qkv_rope_append_triton, variants
-from dar_kernels.triton_support import TRITON_DTYPES
 
 
 def qkv_rope_append_ref(
@@ -86,18 +85,7 @@ def _torch(
 
 
 OP = Op(
-    name="qkv_rope_append",
-    implementations=(
-        Implementation(
-            name="triton",
-            run=qkv_rope_append_triton,
-            devices=("cuda",),
-            on_request=("cpu",),
-            dtypes=TRITON_DTYPES,
-            missing=triton_support.missing,
-        ),
-        Implementation(name="torch", run=_torch),
-    ),
+    name="qkv_rope_append", implementations=(by_triton(qkv_rope_append_triton), by_torch(_torch))
 )
 
 

@@ -14,17 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dar_kernels import triton_support
 from dar_kernels.aot import DecoderShape, Shape, Variant
 from dar_kernels.checks import FLOATS, check_norm, check_tensor
-from dar_kernels.dispatch import Implementation, Op
+from dar_kernels.dispatch import Op
+from dar_kernels.implementations import by_torch, by_triton
 from dar_kernels.rms_norm_residual_backward import (
     NUMBERS,
     backward_variant,
     rms_norm_residual_backward,
 )
 from dar_kernels.rows import matrix_of, row_blocks
-from dar_kernels.triton_support import TRITON_DTYPES, cast, tl, triton
+from dar_kernels.triton_support import cast, tl, triton
 
 MAX_DIM = 8192  # one program keeps a whole row in registers
 
@@ -126,16 +126,7 @@ def _triton(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Norm
     return NormedResidual(normed, x if delta is None else residual)
 
 
-OP = Op(
-    name="rms_norm_residual",
-    implementations=(
-        Implementation(
-            name="triton", run=_triton, devices=("cuda",), on_request=("cpu",),
-            dtypes=TRITON_DTYPES, missing=triton_support.missing,
-        ),
-        Implementation(name="torch", run=_torch),
-    ),
-)  # fmt: skip
+OP = Op(name="rms_norm_residual", implementations=(by_triton(_triton), by_torch(_torch)))
 
 
 def variants(shape: Shape) -> Iterator[Variant]:

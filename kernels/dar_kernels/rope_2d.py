@@ -12,13 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dar_kernels import triton_support
 from dar_kernels.aot import Shape, Variant
 from dar_kernels.checks import Dim, check_tensor
-from dar_kernels.dispatch import Implementation, Op
+from dar_kernels.dispatch import Op
+from dar_kernels.implementations import by_torch, by_triton
 from dar_kernels.rows import empty_in_order
 from dar_kernels.triton_support import (
-    TRITON_DTYPES,
     cast,
     contiguous_last,
     launch_options,
@@ -116,16 +115,7 @@ def _triton(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-OP = Op(
-    name="rope_2d",
-    implementations=(
-        Implementation(
-            name="triton", run=_triton, devices=("cuda",), on_request=("cpu",),
-            dtypes=TRITON_DTYPES, missing=triton_support.missing,
-        ),
-        Implementation(name="torch", run=rope_2d_ref),
-    ),
-)  # fmt: skip
+OP = Op(name="rope_2d", implementations=(by_triton(_triton), by_torch(rope_2d_ref)))
 
 
 def variants(shape: Shape) -> Iterator[Variant]:

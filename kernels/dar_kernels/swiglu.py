@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dar_kernels import triton_support
 from dar_kernels.aot import DecoderShape, Shape, Variant
 from dar_kernels.checks import Dim, check_tensor
-from dar_kernels.dispatch import Implementation, Op
+from dar_kernels.dispatch import Op
+from dar_kernels.implementations import by_torch, by_triton
 from dar_kernels.rows import matrix_of
-from dar_kernels.triton_support import TRITON_DTYPES, cast, launch_options, tl, triton
+from dar_kernels.triton_support import cast, launch_options, tl, triton
 
 # 8 of each tensor a thread, one 16-byte load in bf16; dense rows are one long row, so only halves
 # of 2 F leave a part of their last block idle. By ahead-of-time register counts; not timed
@@ -127,16 +127,7 @@ def _autograd(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 _swiglu.register_autograd(_autograd, setup_context=_setup_context)
 
-OP = Op(
-    name="swiglu",
-    implementations=(
-        Implementation(
-            name="triton", run=_swiglu, devices=("cuda",), on_request=("cpu",),
-            dtypes=TRITON_DTYPES, missing=triton_support.missing,
-        ),
-        Implementation(name="torch", run=_torch),
-    ),
-)  # fmt: skip
+OP = Op(name="swiglu", implementations=(by_triton(_swiglu), by_torch(_torch)))
 
 
 def variants(shape: Shape) -> Iterator[Variant]:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dar_kernels.aot import DenoiserShape, Shape, Variant
 from dar_kernels.checks import Dim, check_below, check_tensor
-from dar_kernels.dispatch import Implementation, Op
-from dar_kernels.triton_support import TRITON_DTYPES, missing
+from dar_kernels.dispatch import Op
+from dar_kernels.implementations import by_torch, by_triton
 from dar_kernels.vq_losses_triton import (
     OPTIONS,
     SEGMENT,
@@ -62,20 +62,7 @@ def _torch(
     return vq_losses_ref(z.to(dtype), codebook.to(dtype), codes, mask, commitment)
 
 
-OP = Op(
-    name="vq_losses",
-    implementations=(
-        Implementation(
-            name="triton",
-            run=vq_losses_triton,
-            devices=("cuda",),
-            on_request=("cpu",),
-            dtypes=TRITON_DTYPES,
-            missing=missing,
-        ),
-        Implementation(name="torch", run=_torch),
-    ),
-)
+OP = Op(name="vq_losses", implementations=(by_triton(vq_losses_triton), by_torch(_torch)))
 
 
 def variants(shape: Shape) -> Iterator[Variant]:

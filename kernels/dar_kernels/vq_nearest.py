@@ -8,9 +8,9 @@ Source: D-AR (arXiv 2505.23660), the tokenizer's quantizer.
 import torch
 from torch import Tensor
 
-from dar_kernels import native, triton_support
 from dar_kernels.checks import Dim, check_tensor
-from dar_kernels.dispatch import Implementation, Op
+from dar_kernels.dispatch import Op
+from dar_kernels.implementations import by_native, by_torch, by_triton
 from dar_kernels.vq_nearest_triton import launch, variants
 
 EPS = 1e-12  # smallest norm divided by, as torch.nn.functional.normalize
@@ -87,22 +87,9 @@ def _compiled(z: Tensor, codebook: Tensor) -> Tensor:
 OP = Op(
     name="vq_nearest",
     implementations=(
-        Implementation(
-            name="triton",
-            run=launch,
-            devices=("cuda",),
-            on_request=("cpu",),
-            dtypes=triton_support.TRITON_DTYPES,
-            missing=triton_support.missing,
-        ),
-        Implementation(
-            name="native",
-            run=_compiled,
-            devices=("cpu",),
-            dtypes=(torch.float32, torch.float16, torch.bfloat16),
-            missing=native.missing,
-        ),
-        Implementation(name="torch", run=_tiled),
+        by_triton(launch),
+        by_native(_compiled, (torch.float32, torch.float16, torch.bfloat16)),
+        by_torch(_tiled),
     ),
 )
 
