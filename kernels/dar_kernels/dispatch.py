@@ -154,7 +154,6 @@ class Op(Generic[P, R_co]):
         what = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UnavailableError(f"{self.name} on {device} in {dtype}: {what}")
 
-    @torch.compiler.assume_constant_result
     def pick(
         self,
         device: str,
@@ -164,6 +163,9 @@ class Op(Generic[P, R_co]):
     ) -> str:
         """The name of what `choose` chooses; a constant of the graph where torch.compile traces."""
         return self.choose(device, dtype, implementation, grad).name
+
+    # What torch.compiler.assume_constant_result sets, without importing the compiler for it.
+    pick._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def explain(self, device: str, dtype: torch.dtype) -> Choice:
         """The choice without a named implementation, and why not each other one."""
