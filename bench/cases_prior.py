@@ -10,6 +10,8 @@ from torch import Tensor
 
 import dar_kernels as ops
 from dar_kernels.aot import DecoderShape
+from dar_kernels.decode_step_ops import decode_step_by_ops
+from dar_kernels.decoder_weights import DecoderPages, DecoderWeights, LayerWeights
 from dar_kernels.linear_cross_entropy import linear_cross_entropy
 from dar_kernels.quantize import QuantizedWeight
 from kernel_cases import FLOAT, HALF, TOKENS, Case, Make, case, rotation
@@ -136,4 +138,28 @@ def cross_entropy(s: DecoderShape, B: int, make: Make) -> Case:
         backward=(2 * (M + V) * D * HALF, 3 * once),
         run=lambda i: linear_cross_entropy(x, weight, targets, implementation=i),
         library=("logits in memory", lambda: F.cross_entropy(F.linear(x, weight).float(), targets)),
+    )  # fmt: skip
+
+
+@case(DecoderShape)
+def decode_step(s: DecoderShape, B: int, make: Make) -> Case:
+    """One layer and the head, at the last position."""
+    R, D, H = 2 * B, s.dim, s.hidden_dim
+    qkv = (s.heads + 2 * s.kv_heads) * s.head_dim
+    layer = LayerWeights(
+        make(D), make(qkv, D), make(D, D), make(D), make(H, D), make(H, D), make(D, H)
+    )
+    head = make(s.vocab_size, D)
+    weights = DecoderWeights(
+        [layer], make(D), head, head, *make.tables(TOKENS, s.head_dim), s.heads, s.kv_heads
+    )
+    own, table = make.pages(s, R, make.dtype)
+    pages = DecoderPages(own.keys[None], own.values[None])
+    x, at = make(R, D), make.integers(1, R) + TOKENS - 1
+    numbers = sum(w.numel() for w in (*layer.products(), head))
+    cached = 2 * R * TOKENS * s.kv_heads * s.head_dim
+    return Case(
+        shape=f"[{R}, {D}], one layer and the head", bytes=(numbers + cached) * HALF,
+        flops=2 * R * numbers,
+        run=lambda i: decode_step_by_ops(weights, x, pages, table, at, i),
     )  # fmt: skip

@@ -4,9 +4,9 @@
 
 vq_nearest beside the expression that makes [M, V]; a decode step of prior L, guided, batch 1, in
 bf16 and int8 beside the eager module in bf16; one pixel DiT step of tokenizer v1 in bf16 beside
-eager fp32. Weights are random. Ceilings: bytes read a second, fp32 and bf16 matrix products. Ours
-and plain take turns, the best of each counts. The last line is one JSON document; with --json it
-is the only one.
+eager fp32. Weights are random. Ceilings: bytes read a second, fp32 and bf16 matrix products. Ours,
+plain and ceiling take turns, the best of each counts. The last line is one JSON document; with
+--json it is the only one.
 """
 
 import argparse
@@ -27,11 +27,13 @@ from dar_fast.models.pixel_dit import PixelDiT
 from dar_fast.sampling import Sampling
 from dar_kernels import prefer
 from dar_kernels.decode_step import NativeDecoder
-from measure import about, finish, matrix_rate, read_bandwidth
-from sampling import prior_bytes, randomise, step_flops
+from measure import about, finish
+from sampling import DTYPES, prior_bytes, randomise, step_flops
 from vq_nearest import measure as measure_vq_nearest
 
 Row = dict[str, Any]
+READ = 2**29  # bytes, in no cache
+SIDE = 2048  # of a matrix product
 
 
 def alternate(subjects: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -70,7 +72,7 @@ def decode_rows(codes: int, rounds: int) -> list[Row]:
     prior = Prior(PRIORS["L"])
     randomise(prior)
     prior = prior.to(torch.bfloat16).eval()
-    bandwidth = read_bandwidth()
+    unread = torch.ones(READ // 4)
     classes = torch.tensor([0, prior.config.null_class])
     seeds, prefix = torch.tensor([0]), torch.empty(1, 0, dtype=torch.int64)
     settings = prior, classes, Sampling(guidance_scale=4.0), seeds, prefix
@@ -89,9 +91,11 @@ def decode_rows(codes: int, rounds: int) -> list[Row]:
             "eager bf16": eager,
             "native bf16": lambda: NativeDecoding(*settings, plain).take(codes),
             "native int8": lambda: NativeDecoding(*settings, quantised).take(codes),
+            "read": unread.sum,
         },
         rounds,
     )
+    bandwidth = READ / seconds.pop("read")
     size = prior_bytes(prior)
     return [
         {
@@ -128,14 +132,17 @@ def pixel_dit_rows(rounds: int) -> list[Row]:
         else:
             models[name](*inputs)
 
-    seconds = alternate({name: lambda name=name: step(name) for name in models}, rounds)
-    rates = {d: matrix_rate(getattr(torch, d)) for d in ("float32", "bfloat16")}
+    a = {name: torch.randn(SIDE, SIDE).to(dtype) for name, dtype in DTYPES.items()}
+    products = {name: lambda name=name: a[name] @ a[name] for name in DTYPES}
+    steps = {name: lambda name=name: step(name) for name in models}
+    seconds = alternate({**steps, **products}, rounds)
+    rates = {name: 2 * SIDE**3 / seconds.pop(name) for name in DTYPES}
     flops = step_flops(config)
     return [
         {
             "op": "pixel_dit_step", "subject": name, "shape": ["tokenizer v1", "batch 1"],
             "dtype": name.split()[1], "seconds": took, "flops_a_second": flops / took,
-            "of_roof": flops / took / rates["float32" if "fp32" in name else "bfloat16"],
+            "of_roof": flops / took / rates[name.split()[1]],
         }
         for name, took in seconds.items()
     ]  # fmt: skip

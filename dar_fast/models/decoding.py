@@ -1,8 +1,8 @@
-"""Drawing the codes of a batch, a few at a time: through the module, or all of it in C++.
+"""Drawing the codes of a batch, a few at a time: through the module, by fused ops, or in C++.
 
-Both read every weight once a code for all rows; a guided request has two rows. On a CPU the native
-step needs no operator calls (300 a code in the module), shares each weight between the rows and
-keeps keys and values in pages of 32 tokens.
+All read every weight once a code for all rows; a guided request has two rows. Fused ops (Triton)
+are six launches a layer over keys and values in pages of 32 tokens. On a CPU one native call draws
+many codes, where the module takes 300 operator calls each.
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +13,13 @@ from torch import Tensor
 from dar_fast.sampling import Sampling
 from dar_kernels import guided_sample
 from dar_kernels.decode_step import OP, NativeDecoder
-from dar_kernels.decoder_weights import DecoderWeights, LayerWeights, new_decoder_pages
+from dar_kernels.decode_step_ops import decode_step_by_ops
+from dar_kernels.decoder_weights import (
+    DecoderPages,
+    DecoderWeights,
+    LayerWeights,
+    new_decoder_pages,
+)
 from dar_kernels.pages import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -38,6 +44,14 @@ def decoder_weights(prior: "Prior") -> DecoderWeights:
         prior.token_embedding.weight, *prior.rotary.tables(prior.device),
         config.heads, config.key_value_heads, config.norm_eps,
     )  # fmt: skip
+
+
+def room(weights: DecoderWeights, rows: int, dtype: torch.dtype) -> tuple[DecoderPages, Tensor]:
+    """Pages for every position of so many rows, and the block table int32 `[R, pages]`."""
+    each = -(-len(weights.cos) // PAGE_SIZE)
+    pages = new_decoder_pages(weights, rows * each, dtype)
+    table = torch.arange(rows * each, dtype=torch.int32, device=pages.keys.device)
+    return pages, table.view(rows, each)
 
 
 class Decoding:
@@ -96,6 +110,39 @@ class PlainDecoding(Decoding):
         return torch.stack(codes, dim=1)
 
 
+class PagedDecoding(Decoding):
+    """By the fused ops of `decode_step`, one code at a time; a prefix goes the same way."""
+
+    def _start(self, classes: Tensor) -> None:
+        self.weights = decoder_weights(self.prior)
+        rows, device = len(classes), classes.device
+        self.pages, self.block_table = room(self.weights, rows, self.prior.head.weight.dtype)
+        self.inputs = self.prior.class_embedding(classes)  # [R, D]
+        self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def take(self, count: int) -> Tensor:
+        codes, sampling, P = [], self.sampling, self.prefix.shape[1]
+        for p in range(self.position, self.position + count):
+            logits = decode_step_by_ops(
+                self.weights, self.inputs, self.pages, self.block_table, self.positions
+            )
+            self.positions += 1
+            if p < P:
+                code = self.prefix[:, p]
+            else:
+                cond, uncond = logits.chunk(2) if self.guided else (logits, None)
+                code = guided_sample(
+                    cond, uncond, self.seeds, torch.full_like(self.seeds, p),
+                    guidance_scale=float(self.scales[p]), temperature=sampling.temperature,
+                    top_k=sampling.top_k, top_p=sampling.top_p,
+                )  # fmt: skip
+            both = torch.cat((code, code)) if self.guided else code
+            self.inputs = self.prior.token_embedding(both)
+            codes.append(code)
+        self.position += count
+        return torch.stack(codes, dim=1)
+
+
 class NativeDecoding(Decoding):
     """One call into C++ for all the codes asked for; no dropout, whatever the module's mode.
 
@@ -116,11 +163,8 @@ class NativeDecoding(Decoding):
 
     def _start(self, classes: Tensor) -> None:
         weights = decoder_weights(self.prior)
-        rows, N = len(classes), self.prior.config.num_tokens
         dtype = torch.float32 if self.prior.head.weight.dtype == torch.float32 else torch.bfloat16
-        pages = -(-N // PAGE_SIZE)
-        self.pages = new_decoder_pages(weights, rows * pages, dtype)
-        self.block_table = torch.arange(rows * pages, dtype=torch.int32).view(rows, pages)
+        self.pages, self.block_table = room(weights, len(classes), dtype)
         self.inputs = self.prior.class_embedding(classes).float()  # [R, D], then codes [B]
 
     def take(self, count: int) -> Tensor:
@@ -141,6 +185,13 @@ class NativeDecoding(Decoding):
         return codes
 
 
+KINDS: dict[str, type[Decoding]] = {
+    "triton": PagedDecoding,
+    "native": NativeDecoding,
+    "torch": PlainDecoding,
+}
+
+
 def start_decoding(
     prior: "Prior",
     classes: Tensor,
@@ -149,8 +200,6 @@ def start_decoding(
     prefix: Tensor,
     implementation: str | None = None,
 ) -> Decoding:
-    """A run as `Decoding` describes, native where it can be and nothing else is named."""
-    dtype = prior.head.weight.dtype
-    chosen = OP.pick(prior.device.type, dtype, implementation)
-    kind = NativeDecoding if chosen == "native" else PlainDecoding
-    return kind(prior, classes, sampling, seeds, prefix)
+    """A run as `Decoding` describes, by the implementation of `decode_step` that is chosen."""
+    chosen = OP.pick(prior.device.type, prior.head.weight.dtype, implementation)
+    return KINDS[chosen](prior, classes, sampling, seeds, prefix)

@@ -270,8 +270,8 @@ class Prior(nn.Module):
     ) -> Iterator[Tensor]:
         """Codes as they are drawn, `[B, chunk]` at a time; stop iterating to stop the work.
 
-        `implementation` of the decode step: `native` (CPU) or `torch`, this module; None: the first
-        that can run.
+        `implementation` of the decode step: `triton` (CUDA), `native` (CPU) or `torch`, this
+        module; None: the first that can run.
 
         Raises:
             ValueError: before the first chunk, where a shape or a range does not fit.

@@ -4,6 +4,7 @@ from dar_kernels.adaln_cross_attention import OP as _ADALN_CROSS_ATTENTION
 from dar_kernels.adaln_cross_attention import absorb_output, adaln_cross_attention
 from dar_kernels.adaln_modulate import OP as _ADALN_MODULATE
 from dar_kernels.adaln_modulate import AdaLNModulate, adaln_modulate
+from dar_kernels.decode_step import OP as _DECODE_STEP
 from dar_kernels.dispatch import Choice, UnavailableError, prefer
 from dar_kernels.dispatch import report as _report
 from dar_kernels.flow_step import OP as _FLOW_STEP
@@ -43,6 +44,7 @@ from dar_kernels.vq_nearest import vq_nearest
 OPS = (
     _ADALN_CROSS_ATTENTION,
     _ADALN_MODULATE,
+    _DECODE_STEP,
     _FLOW_STEP,
     _GATE_RESIDUAL_MODULATE,
     _GUIDED_SAMPLE,

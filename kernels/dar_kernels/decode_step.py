@@ -3,7 +3,7 @@
 x += Wo attention(RMSNorm x); x += W2 (silu(W1 h) * W3 h); logits at position p predict code p.
 Memory bound: a step reads every weight once for all rows, 2 bytes each in bf16 and 1 in int8, and
 4·R·layers·Hkv·Dh bytes of bf16 pages a token before it; 2·R FLOPs a weight. C++ in
-kernels/csrc/decode_step.cpp; CPU only.
+kernels/csrc/decode_step.cpp. On CUDA a step is a sequence of ops: decode_step_ops.py.
 Source: REFERENCE §2; RoPE from Su et al. (2021), interleaved pairs; int8 products of activations
 in two planes of bytes.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dar_kernels import native
+from dar_kernels.decode_step_ops import decode_step_by_ops
 from dar_kernels.decoder_weights import (
     WEIGHT_DTYPES,
     DecoderPages,
@@ -22,7 +23,7 @@ from dar_kernels.decoder_weights import (
     readable,
 )
 from dar_kernels.dispatch import Op, UnavailableError
-from dar_kernels.implementations import by_native, by_torch
+from dar_kernels.implementations import by_native, by_torch, by_triton
 from dar_kernels.pages import PAGE_SIZE
 from dar_kernels.quantize import quantize_weight
 
@@ -73,10 +74,18 @@ def decode_step_ref(
     return _rms_norm(x, weights.norm, weights.eps) @ weights.head.T
 
 
+def _compiled(
+    weights: DecoderWeights, x: Tensor, pages: DecoderPages, block_table: Tensor, positions: Tensor
+) -> Tensor:
+    """C++ on the CPU; a caller of many steps keeps the decoder and lets it `run` them."""
+    return NativeDecoder(weights).logits(x, pages, block_table, positions)
+
+
 OP = Op(
     name="decode_step",
     implementations=(
-        by_native(lambda weights: NativeDecoder(weights), WEIGHT_DTYPES),
+        by_triton(decode_step_by_ops),
+        by_native(_compiled, WEIGHT_DTYPES),
         by_torch(decode_step_ref),
     ),
 )

@@ -13,6 +13,7 @@ from golden_fixtures import (
     relative_error,
 )
 
+from dar_fast.sampling import Sampling
 from dar_kernels import prefer, triton_support
 
 pytestmark = [
@@ -44,11 +45,11 @@ def test_prior_logits_and_greedy_codes():
     codes, labels = values["tokens"].long(), values["labels"].long()
     logits = model(codes, labels)[:, values["positions"].long()]
     assert relative_error(logits, values["logits"]) <= TOLERANCE
-    drawn = model.generate(labels, guidance_scale=4.0, temperature=0)
-    for row, margin in enumerate(values["greedy_margin.const"]):
-        unclear = (margin < 1e-4).nonzero().flatten().tolist()
-        until = unclear[0] if unclear else len(margin)
-        assert torch.equal(drawn[row, :until], values["greedy.const"][row, :until].long())
+    greedy = Sampling(guidance_scale=4.0, temperature=0)
+    count = model.config.num_tokens if DEVICE == "cuda" else 8  # a code takes seconds interpreted
+    drawn = next(model.generation(labels, greedy, chunk=count))
+    assert values["greedy_margin.const"][:, :count].min() > 1e-4
+    assert torch.equal(drawn, values["greedy.const"][:, :count].long())
 
 
 def test_prior_training_step():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dar_fast.models.layers import Linear, pack
-from dar_kernels import packs
+from dar_kernels import packs, prefer
 
 pytestmark = pytest.mark.skipif(
     not packs(torch.ones(2, 2, dtype=torch.bfloat16)), reason="no bf16 products here"
@@ -18,14 +18,19 @@ def packed(module):
 
 
 @torch.no_grad()
-def test_a_packed_model_draws_the_same(fresh_pipeline):
+def test_a_packed_model_is_no_less_accurate(fresh_pipeline):
     dit = fresh_pipeline.tokenizer.pixel_dit.bfloat16()
-    inputs = torch.randn(2, 3, 16, 16).bfloat16(), torch.tensor([0.1, 0.7])
-    cond = torch.randn(2, 4, 32).bfloat16()
-    plain = dit(*inputs, cond).velocity
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 16, 16, generator=generator).bfloat16()
+    cond = torch.randn(2, 4, 32, generator=generator).bfloat16()
+    t = torch.tensor([0.1, 0.7])
+    truth = copy.deepcopy(dit).double()(x.double(), t, cond.double()).velocity
+    with prefer("torch"):
+        plain = dit(x, t, cond).velocity
     pack(dit)
     assert all(packed(dit))
-    torch.testing.assert_close(dit(*inputs, cond).velocity, plain, atol=0.02, rtol=0.02)
+    error = (dit(x, t, cond).velocity.double() - truth).norm()
+    assert error <= 2 * (plain.double() - truth).norm()
 
 
 def test_a_pipeline_packs_where_it_pays(fresh_pipeline):
