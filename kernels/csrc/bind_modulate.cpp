@@ -56,27 +56,6 @@ void bound_bias_silu(
 }
 
 template <typename T>
-void bound_head_norm_rope(
-    const Tensor3<T> &x,
-    const Row<T> &weight,
-    const Row<T> &bias,
-    const std::optional<Table> &cos,
-    const std::optional<Table> &sin,
-    const Out<T> &out,
-    float eps,
-    int threads,
-    const std::string &isa
-) {
-    constexpr const char *OP = "head_norm_rope";
-    HeadNormRope<T> op = heads(OP, x, weight, bias, cos, sin, eps);
-    op.out = output(OP, "out", out, op.size);
-    const Isa chosen = choose_isa(isa, Isa::avx512_vnni);
-    checked_threads(OP, threads);
-    const nb::gil_scoped_release unlocked;
-    head_norm_rope(op, threads, chosen);
-}
-
-template <typename T>
 void bound_key_weights(
     const Tensor3<T> &q,
     const Row<T> &weight,
@@ -129,20 +108,6 @@ template <typename T> void bind_for(nb::module_ &module) {
         "threads"_a,
         "isa"_a = "",
         "out = silu(x + bias); [B, N, D], bias [B, 1, D]."
-    );
-    module.def(
-        "head_norm_rope",
-        &bound_head_norm_rope<T>,
-        "x"_a.noconvert(),
-        "weight"_a.noconvert(),
-        "bias"_a.noconvert(),
-        "cos"_a.noconvert().none(),
-        "sin"_a.noconvert().none(),
-        "out"_a.noconvert(),
-        "eps"_a,
-        "threads"_a,
-        "isa"_a = "",
-        "LayerNorm of each head of [B, N, D], then the rotation of interleaved pairs."
     );
     module.def(
         "key_weights",

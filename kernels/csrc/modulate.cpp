@@ -48,13 +48,6 @@ template <typename T> void bias_silu(const BiasSilu<T> &op, int threads, Isa isa
     for_rows(op.size, threads, 0, [&](int64_t b, int64_t n, float *) { kernel.bias_silu(op, b, n); });
 }
 
-template <typename T> void head_norm_rope(const HeadNormRope<T> &op, int threads, Isa isa) {
-    const ModulateKernel<T> kernel = choose<T>(isa);
-    for_rows(op.size, threads, whole_vectors(4 * op.head_dim), [&](int64_t b, int64_t n, float *scratch) {
-        kernel.head_norm_rope(op, b, n, scratch);
-    });
-}
-
 template <typename T> void key_weights(const KeyWeights<T> &op, int threads, Isa isa) {
     const ModulateKernel<T> kernel = choose<T>(isa);
     const int64_t B = op.q.size.B, Dh = op.q.head_dim, H = op.q.size.D / Dh, Q = op.Q;
@@ -71,8 +64,6 @@ template void modulate(const Modulate<float> &, int, Isa);
 template void modulate(const Modulate<Bf16> &, int, Isa);
 template void bias_silu(const BiasSilu<float> &, int, Isa);
 template void bias_silu(const BiasSilu<Bf16> &, int, Isa);
-template void head_norm_rope(const HeadNormRope<float> &, int, Isa);
-template void head_norm_rope(const HeadNormRope<Bf16> &, int, Isa);
 template void key_weights(const KeyWeights<float> &, int, Isa);
 template void key_weights(const KeyWeights<Bf16> &, int, Isa);
 

@@ -60,14 +60,12 @@ template <typename T> struct KeyWeights {
 
 template <typename T> void modulate(const Modulate<T> &op, int threads, Isa isa);
 template <typename T> void bias_silu(const BiasSilu<T> &op, int threads, Isa isa);
-template <typename T> void head_norm_rope(const HeadNormRope<T> &op, int threads, Isa isa);
 template <typename T> void key_weights(const KeyWeights<T> &op, int threads, Isa isa);
 
 // One instruction set's row functions; `scratch` is as many floats as the function's comment says.
 template <typename T> struct ModulateKernel {
     void (*modulate)(const Modulate<T> &, int64_t b, int64_t n, float *scratch); // D
     void (*bias_silu)(const BiasSilu<T> &, int64_t b, int64_t n);
-    void (*head_norm_rope)(const HeadNormRope<T> &, int64_t b, int64_t n, float *scratch); // 4 Dh
     void (*transpose)(const T *in, int64_t rows, int64_t columns, float *out); // [rows, columns] to [columns, rows]
     void (*key_weights)(const KeyWeights<T> &, const float *keys, int64_t b, int64_t n, float *scratch); // 4 Dh + Q
 };

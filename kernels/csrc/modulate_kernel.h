@@ -148,19 +148,6 @@ template <typename T> inline void expand_tables(const HeadNormRope<T> &op, int64
     }
 }
 
-template <typename T> void head_norm_rope_row(const HeadNormRope<T> &op, int64_t b, int64_t n, float *scratch) {
-    const int64_t Dh = op.head_dim;
-    float *swapped = scratch + 2 * Dh, *head = scratch + 3 * Dh;
-    expand_tables(op, n, scratch);
-    for (int64_t h = 0; h < op.size.D / Dh; ++h) {
-        norm_rope_head(op, op.x.row(b, n) + h * Dh, scratch, swapped, head);
-        T *out = op.out.row(b, n) + h * Dh;
-#pragma omp simd
-        for (int64_t d = 0; d < Dh; ++d)
-            store(&out[d], head[d]);
-    }
-}
-
 template <typename T> void transpose(const T *in, int64_t rows, int64_t columns, float *out) {
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < columns; ++j)
@@ -205,7 +192,7 @@ void key_weights_row(const KeyWeights<T> &op, const float *keys, int64_t b, int6
 }
 
 template <typename T> ModulateKernel<T> modulate_kernel() {
-    return {modulate_row<T>, bias_silu_row<T>, head_norm_rope_row<T>, transpose<T>, key_weights_row<T>};
+    return {modulate_row<T>, bias_silu_row<T>, transpose<T>, key_weights_row<T>};
 }
 
 } // namespace

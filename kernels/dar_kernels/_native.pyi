@@ -34,17 +34,6 @@ def modulate(
     isa: str = "",
 ) -> None: ...
 def bias_silu(x: object, bias: object, out: object, threads: int, isa: str = "") -> None: ...
-def head_norm_rope(
-    x: object,
-    weight: object,
-    bias: object,
-    cos: object,
-    sin: object,
-    out: object,
-    eps: float,
-    threads: int,
-    isa: str = "",
-) -> None: ...
 def key_weights(
     q: object,
     weight: object,
