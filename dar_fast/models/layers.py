@@ -124,16 +124,18 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(head_dim, eps=NORM_EPS)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # [B, H, N, Dh]
+        return x.view(*x.shape[:2], -1, self.head_dim)  # [B, N, H, Dh]
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, H, N, Dh]` of `context` `[B, N, D]`, the keys normed, unrotated."""
-        keys, values = self._heads(self.k(context)), self._heads(self.v(context))
-        return layer_norm(keys, self.k_norm.weight, self.k_norm.bias, NORM_EPS), values
+        norm = self.k_norm
+        keys = layer_norm(self._heads(self.k(context)), norm.weight, norm.bias, NORM_EPS)
+        return keys.transpose(1, 2), self._heads(self.v(context)).transpose(1, 2)
 
     def attend(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention of `x` `[B, N, D]` over ready keys and values; `mask`: where a query looks."""
-        q = layer_norm(self._heads(self.q(x)), self.q_norm.weight, self.q_norm.bias, NORM_EPS)
+        norm = self.q_norm
+        q = layer_norm(self._heads(self.q(x)), norm.weight, norm.bias, NORM_EPS).transpose(1, 2)
         y = F.scaled_dot_product_attention(
             q.to(values.dtype), keys.to(values.dtype), values, attn_mask=mask
         )

@@ -54,9 +54,10 @@ def _library(
     mask: Tensor | None = None, causal: bool = False,
 ) -> Tensor:  # fmt: skip
     """Norm and rotation as ops of their own, then torch's attention."""
-    q, k, v = (_heads(x, len(q_weight)) for x in (q, k, v))
-    q = layer_norm(q, q_weight, q_bias, EPS, implementation=implementation)
-    k = layer_norm(k, k_weight, k_bias, EPS, implementation=implementation)
+    q, k, v = (x.unflatten(-1, (-1, len(q_weight))) for x in (q, k, v))  # [B, N, H, Dh]
+    q = layer_norm(q, q_weight, q_bias, EPS, implementation=implementation).transpose(1, 2)
+    k = layer_norm(k, k_weight, k_bias, EPS, implementation=implementation).transpose(1, 2)
+    v = v.transpose(1, 2)
     if cos is not None and sin is not None:
         q = rope_2d(q, cos, sin, implementation=implementation)
         k = rope_2d(k, cos, sin, implementation=implementation)
