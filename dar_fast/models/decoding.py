@@ -74,6 +74,19 @@ class Decoding:
         self.scales = sampling.scales(prior.config.num_tokens)
         self._start(classes)
 
+    def _rows(self, codes: Tensor) -> Tensor:
+        """Both guidance rows of a request take its codes."""
+        return torch.cat((codes, codes)) if self.guided else codes
+
+    def _draw(self, logits: Tensor, position: int) -> Tensor:
+        """Codes `[B]` of one position from the logits `[R, V]` of all rows."""
+        cond, uncond = logits.chunk(2) if self.guided else (logits, None)
+        return guided_sample(
+            cond, uncond, self.seeds, torch.full_like(self.seeds, position),
+            guidance_scale=float(self.scales[position]), temperature=self.sampling.temperature,
+            top_k=self.sampling.top_k, top_p=self.sampling.top_p,
+        )  # fmt: skip
+
     def _start(self, classes: Tensor) -> None:
         raise NotImplementedError
 
@@ -89,22 +102,12 @@ class PlainDecoding(Decoding):
         self.cache = self.prior.new_cache(len(classes))
         self.inputs = self.prior.embed(self._rows(self.prefix), classes)  # [R, 1 + P, D]
 
-    def _rows(self, codes: Tensor) -> Tensor:
-        return torch.cat((codes, codes)) if self.guided else codes
-
     def take(self, count: int) -> Tensor:
         first, self.position = self.position, self.position + count
         codes = [self.prefix[:, i] for i in range(first, min(self.position, self.prefix.shape[1]))]
-        sampling, scales = self.sampling, self.scales.tolist()
         for p in range(first + len(codes), self.position):
             hidden = self.prior.hidden(self.inputs, self.cache)[:, -1]
-            logits = self.prior.head(hidden).float()  # [R, V]
-            cond, uncond = logits.chunk(2) if self.guided else (logits, None)
-            code = guided_sample(
-                cond, uncond, self.seeds, torch.full_like(self.seeds, p),
-                guidance_scale=scales[p], temperature=sampling.temperature,
-                top_k=sampling.top_k, top_p=sampling.top_p,
-            )  # fmt: skip
+            code = self._draw(self.prior.head(hidden).float(), p)
             self.inputs = self.prior.token_embedding(self._rows(code))[:, None]
             codes.append(code)
         return torch.stack(codes, dim=1)
@@ -121,23 +124,14 @@ class PagedDecoding(Decoding):
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
 
     def take(self, count: int) -> Tensor:
-        codes, sampling, P = [], self.sampling, self.prefix.shape[1]
+        codes, P = [], self.prefix.shape[1]
         for p in range(self.position, self.position + count):
             logits = decode_step_by_ops(
                 self.weights, self.inputs, self.pages, self.block_table, self.positions
             )
             self.positions += 1
-            if p < P:
-                code = self.prefix[:, p]
-            else:
-                cond, uncond = logits.chunk(2) if self.guided else (logits, None)
-                code = guided_sample(
-                    cond, uncond, self.seeds, torch.full_like(self.seeds, p),
-                    guidance_scale=float(self.scales[p]), temperature=sampling.temperature,
-                    top_k=sampling.top_k, top_p=sampling.top_p,
-                )  # fmt: skip
-            both = torch.cat((code, code)) if self.guided else code
-            self.inputs = self.prior.token_embedding(both)
+            code = self.prefix[:, p] if p < P else self._draw(logits, p)
+            self.inputs = self.prior.token_embedding(self._rows(code))
             codes.append(code)
         self.position += count
         return torch.stack(codes, dim=1)
@@ -158,11 +152,12 @@ class NativeDecoding(Decoding):
         prefix: Tensor,
         decoder: NativeDecoder | None = None,
     ) -> None:
-        self.decoder = decoder or NativeDecoder(decoder_weights(prior))
+        self._given = decoder
         super().__init__(prior, classes, sampling, seeds, prefix)
 
     def _start(self, classes: Tensor) -> None:
         weights = decoder_weights(self.prior)
+        self.decoder = self._given or NativeDecoder(weights)
         dtype = torch.float32 if self.prior.head.weight.dtype == torch.float32 else torch.bfloat16
         self.pages, self.block_table = room(weights, len(classes), dtype)
         self.inputs = self.prior.class_embedding(classes).float()  # [R, D], then codes [B]
