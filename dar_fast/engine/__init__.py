@@ -1,0 +1,1 @@
+"""The engine: many requests, one machine, no picture changed by its neighbours."""
