@@ -30,7 +30,7 @@ from dar_fast.labels import ClassLabels, label_ids
 from dar_fast.models import Prior, Tokenizer
 from dar_fast.models.layers import pack
 from dar_fast.request import Request, Seeds, StepCallback, make_request
-from dar_fast.sampling import GuidanceScale
+from dar_fast.sampling import GuidanceScale, Temperature
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ class DARPipeline:
         *,
         seeds: Seeds | None = None,
         guidance_scale: GuidanceScale = 4.0,
-        temperature: float = 1.0,
+        temperature: Temperature = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         num_inference_steps: int | None = None,
@@ -173,8 +173,9 @@ class DARPipeline:
         Args:
             class_labels: a name or an id, several, or an int64 tensor `[B]` of ids.
             seeds: one a picture in [0, 2^63), or one integer s for s, s + 1, …; drawn where None.
-            guidance_scale: a number, or (first, last) of a schedule linear in the codes; 1: none.
-            temperature: ≥ 0; 0 is greedy.
+            guidance_scale: a number, or (first, last) of a schedule linear in the codes, or
+                `PerGroup` of K numbers; 1: none.
+            temperature: ≥ 0, or `PerGroup` of K such numbers; 0 is greedy.
             top_k: codes kept by rank; 0 keeps all.
             top_p: probability mass kept, in (0, 1].
             num_inference_steps: S solver steps, in [1, 10000]; the tokenizer's number by default.
@@ -212,7 +213,7 @@ class DARPipeline:
         *,
         seeds: Seeds | None = None,
         guidance_scale: GuidanceScale = 4.0,
-        temperature: float = 1.0,
+        temperature: Temperature = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         num_inference_steps: int | None = None,

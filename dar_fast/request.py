@@ -11,7 +11,7 @@ from dar_fast.config import TokenizerConfig
 from dar_fast.flow import SOLVERS, Solver
 from dar_fast.images import OUTPUT_TYPES, OutputType
 from dar_fast.labels import ClassLabels, label_ids
-from dar_fast.sampling import GuidanceScale, Sampling, resolve_seeds
+from dar_fast.sampling import GuidanceScale, Sampling, Temperature, resolve_seeds
 
 MAX_STEPS = 10_000  # a thousand times what pictures need; fp32 times stay apart
 
@@ -81,7 +81,7 @@ def make_request(
     config: TokenizerConfig,
     seeds: Seeds | None,
     guidance_scale: GuidanceScale,
-    temperature: float,
+    temperature: Temperature,
     top_k: int,
     top_p: float,
     num_inference_steps: int | None,
@@ -106,6 +106,7 @@ def make_request(
         steps = _count("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
     _choice("solver", solver, SOLVERS)
     K = config.num_groups
+    sampling.check_groups(K)
     groups = K if num_groups is None else _count("num_groups", num_groups, 1, K)
     _choice("output_type", output_type, OUTPUT_TYPES)
     if callback_on_step_end is not None and not callable(callback_on_step_end):

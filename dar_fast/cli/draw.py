@@ -82,6 +82,10 @@ def about_run(
     """What JSON and the metadata of a picture say first."""
     steps = settings["num_inference_steps"] or pipe.tokenizer.config.num_steps
     settings = {**settings, "num_inference_steps": steps}
+    for name in ("guidance_scale", "temperature"):
+        values = getattr(settings[name], "values", None)
+        if values is not None:
+            settings[name] = {"per_group": list(values)}
     return {"command": command, "model": model, **where(pipe), "settings": settings}
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from dar_fast.pipeline import DARPipeline
+    from dar_fast.sampling import GuidanceScale, PerGroup, Temperature
 
 Json = Annotated[bool, arg(help_behavior_hint="")]
 Scale = Annotated[
@@ -59,10 +60,11 @@ class DrawOptions:
 
     seed: Annotated[int, arg(metavar="SEED")] = 0
     """Seed of a label's first picture; the next pictures take the next seeds."""
-    guidance: Annotated[str, arg(metavar="SCALE|FIRST:LAST")] = "4"
-    """Classifier-free guidance: one scale, or a linear schedule over the codes such as 1.1:8.0."""
-    temperature: Annotated[float, arg(metavar="T")] = 1.0
-    """0 is greedy."""
+    guidance: Annotated[str, arg(metavar="SCALE|FIRST:LAST|S,S,…")] = "4"
+    """Classifier-free guidance: one scale, a linear schedule over the codes such as 1.1:8.0, or one
+    scale a group of codes."""
+    temperature: Annotated[str, arg(metavar="T|T,T,…")] = "1"
+    """0 is greedy; one number, or one a group of codes."""
     top_k: Annotated[int, arg(metavar="K")] = 0
     """Codes kept by rank; 0 keeps all."""
     top_p: Annotated[float, arg(metavar="P")] = 1.0
@@ -80,13 +82,14 @@ class DrawOptions:
         """The keyword arguments of the pipeline.
 
         Raises:
-            ValueError: where the guidance cannot be read or the batch size is not positive.
+            ValueError: where guidance or temperature cannot be read, or the batch size is not
+                positive.
         """
         if self.batch_size < 1:
             raise ValueError(f"batch-size: expected an integer >= 1, got {self.batch_size}")
         return {
             "guidance_scale": parse_guidance(self.guidance),
-            "temperature": self.temperature,
+            "temperature": parse_temperature(self.temperature),
             "top_k": self.top_k,
             "top_p": self.top_p,
             "num_inference_steps": self.steps,
@@ -97,17 +100,40 @@ class DrawOptions:
 MODEL, DRAWING = ModelOptions(), DrawOptions()
 
 
-def parse_guidance(text: str) -> float | tuple[float, float]:
-    """`"4"` to 4.0 and `"1.1:8.0"` to (1.1, 8.0)."""
-    try:
-        scales = [float(part) for part in text.split(":")]
-    except ValueError:
-        scales = []
-    if len(scales) == 1:
-        return scales[0]
-    if len(scales) == 2:
+def parse_guidance(text: str) -> "GuidanceScale":
+    """`"4"` to 4.0, `"1.1:8.0"` to (1.1, 8.0) and `"1,2,4,8"` to these scales, one a group."""
+    wanted = "a number or FIRST:LAST such as 1.1:8.0, or one number a group such as 1,2,4,8"
+    if ":" in text and "," not in text:
+        scales = _numbers(text, ":")
+        if len(scales) != 2:
+            raise ValueError(f"guidance: expected {wanted}, got {text!r}")
         return scales[0], scales[1]
-    raise ValueError(f"guidance: expected a number or FIRST:LAST such as 1.1:8.0, got {text!r}")
+    return _number_or_groups("guidance", text, wanted)
+
+
+def parse_temperature(text: str) -> "Temperature":
+    """`"0.9"` to 0.9 and `"1,0.9"` to these temperatures, one a group."""
+    wanted = "a number, or one a group such as 1,0.9,0.8,0.7"
+    return _number_or_groups("temperature", text, wanted)
+
+
+def _number_or_groups(option: str, text: str, wanted: str) -> "float | PerGroup":
+    numbers = _numbers(text, ",")
+    if not numbers:
+        raise ValueError(f"{option}: expected {wanted}, got {text!r}")
+    if len(numbers) == 1:
+        return numbers[0]
+    from dar_fast.sampling import PerGroup
+
+    return PerGroup(tuple(numbers))
+
+
+def _numbers(text: str, separator: str) -> list[float]:
+    """The numbers of `text`; none where a part is no number."""
+    try:
+        return [float(part) for part in text.split(separator)]
+    except ValueError:
+        return []
 
 
 def torch_dtype(name: str | None) -> "torch.dtype | None":

@@ -5,6 +5,7 @@ are six launches a layer over keys and values in pages of 32 tokens. On a CPU on
 many codes, where the module takes 300 operator calls each.
 """
 
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,6 +73,7 @@ class Decoding:
         self.guided = len(classes) > len(seeds)
         self.position = 0
         self.scales = sampling.scales(prior.config.num_tokens)
+        self.temperatures = sampling.temperatures(prior.config.num_tokens)
         self._start(classes)
 
     def _rows(self, codes: Tensor) -> Tensor:
@@ -83,7 +85,8 @@ class Decoding:
         cond, uncond = logits.chunk(2) if self.guided else (logits, None)
         return guided_sample(
             cond, uncond, self.seeds, torch.full_like(self.seeds, position),
-            guidance_scale=float(self.scales[position]), temperature=self.sampling.temperature,
+            guidance_scale=float(self.scales[position]),
+            temperature=float(self.temperatures[position]),
             top_k=self.sampling.top_k, top_p=self.sampling.top_p,
         )  # fmt: skip
 
@@ -163,14 +166,20 @@ class NativeDecoding(Decoding):
         self.inputs = self.prior.class_embedding(classes).float()  # [R, D], then codes [B]
 
     def take(self, count: int) -> Tensor:
-        B, sampling = len(self.seeds), self.sampling
-        given = self.prefix[:, self.position : self.position + count]
+        warmth = self.temperatures[self.position : self.position + count]
+        runs = [len(list(run)) for _, run in groupby(warmth.tolist())]  # a call has one temperature
+        return torch.cat([self._run(length) for length in runs], dim=1)
+
+    def _run(self, count: int) -> Tensor:
+        """The next `count` codes, which have one temperature."""
+        B, sampling, first = len(self.seeds), self.sampling, self.position
+        given = self.prefix[:, first : first + count]
         forced = torch.nn.functional.pad(given, (0, count - given.shape[1]), value=-1)
         codes = self.decoder.run(
             self.inputs, self.pages, self.block_table,
-            torch.full((B,), self.position), steps=count, seeds=self.seeds,
-            guidance=self.scales[self.position : self.position + count].expand(B, -1).contiguous(),
-            temperature=torch.full((B,), float(sampling.temperature)),
+            torch.full((B,), first), steps=count, seeds=self.seeds,
+            guidance=self.scales[first : first + count].expand(B, -1).contiguous(),
+            temperature=self.temperatures[first].expand(B).contiguous(),
             top_k=torch.full((B,), min(sampling.top_k, 2**31 - 1), dtype=torch.int32),
             top_p=torch.full((B,), max(sampling.top_p, LEAST)),  # fp32 must not round it to 0
             guided=self.guided, forced=forced.contiguous() if given.shape[1] else None,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dar_fast.config import PriorConfig
 from dar_fast.models.decoding import start_decoding
 from dar_fast.models.layers import Rotary, rope_angles
-from dar_fast.sampling import GuidanceScale, Sampling, resolve_seeds
+from dar_fast.sampling import GuidanceScale, Sampling, Temperature, resolve_seeds
 from dar_kernels import NormedResidual, linear_cross_entropy, rms_norm_residual, rope_2d, swiglu
 
 INIT_STD = 0.02
@@ -238,7 +238,7 @@ class Prior(nn.Module):
         labels: Tensor,
         *,
         guidance_scale: GuidanceScale = 4.0,
-        temperature: float = 1.0,
+        temperature: Temperature = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         seeds: int | Sequence[int] | Tensor | None = None,
@@ -288,9 +288,8 @@ class Prior(nn.Module):
             raise ValueError(f"prefix_codes: expected [{B}, P], got {list(prefix_codes.shape)}")
         prefix = prefix_codes.to(device)
         keys = torch.tensor(resolve_seeds(seeds, B), dtype=torch.int64, device=device)
-        guided = bool((sampling.scales(N)[prefix.shape[1] :] > 1).any())
         classes = labels
-        if guided:
+        if sampling.guided(N, prefix.shape[1]):
             classes = torch.cat((labels, torch.full_like(labels, self.config.null_class)))
         run = start_decoding(self, classes, sampling, keys, prefix, implementation)
         for _ in range(0, N, chunk):

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from dar_fast import DARPipeline
-from dar_fast.cli.options import parse_guidance, spread
+from dar_fast.cli.options import parse_guidance, parse_temperature, spread
 from dar_fast.cli.sheet import GUTTER, LEAST_TILE
+from dar_fast.sampling import PerGroup
 
 Dar = Callable[..., Any]
 
@@ -150,12 +151,38 @@ def test_restyle_takes_no_groups_or_all(dar: Dar, model: str, picture: Path, gro
     assert done.status == 0, done.err
 
 
-def test_guidance_is_a_number_or_a_schedule() -> None:
+def test_guidance_is_a_number_a_schedule_or_one_a_group() -> None:
     assert parse_guidance("4") == 4.0
     assert parse_guidance("1.1:8.0") == (1.1, 8.0)
-    for text in ("", "a", "1:2:3", "1:", ":"):
+    assert parse_guidance("1,2.5,4") == PerGroup((1.0, 2.5, 4.0))
+    for text in ("", "a", "1:2:3", "1:", ":", "1,", ",", "1,2:3", "1,a"):
         with pytest.raises(ValueError, match="guidance: expected a number or FIRST:LAST"):
             parse_guidance(text)
+
+
+def test_temperature_is_a_number_or_one_a_group() -> None:
+    assert parse_temperature("0.9") == 0.9
+    assert parse_temperature("1,0.5") == PerGroup((1.0, 0.5))
+    for text in ("", "x", "1:2", "1,,2"):
+        with pytest.raises(ValueError, match="temperature: expected a number, or one a group"):
+            parse_temperature(text)
+
+
+def test_sample_takes_settings_by_groups(dar: Dar, model: str, tiny_pipeline: DARPipeline) -> None:
+    done = dar(
+        "sample", "noto/hotel", "--guidance", "1,2,3,4", "--temperature", "1,1,0.5,0",
+        "--model", model, "--json", "--out", "x/",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    expected = tiny_pipeline(
+        ["noto/hotel"], seeds=[0], guidance_scale=PerGroup((1.0, 2.0, 3.0, 4.0)),
+        temperature=PerGroup((1.0, 1.0, 0.5, 0.0)),
+    ).images[0]  # fmt: skip
+    assert np.abs(pixels(done.json["files"][0]).astype(int) - np.asarray(expected)).max() <= 1
+    assert done.json["settings"]["temperature"] == {"per_group": [1.0, 1.0, 0.5, 0.0]}
+    assert metadata(done.json["files"][0])["settings"]["guidance_scale"] == {
+        "per_group": [1.0, 2.0, 3.0, 4.0]
+    }
 
 
 @pytest.mark.parametrize("count", [1, 3, 16, 40, 200])

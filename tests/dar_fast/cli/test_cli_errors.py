@@ -35,6 +35,10 @@ BAD_USAGE = {
     "zero pictures": (("sample", "-n", "0"), "n: expected an integer >= 1, got 0"),
     "negative scale": (("sample", "--scale", "-1"), "scale: expected an integer >= 1, got -1"),
     "guidance unread": (("sample", "--guidance", "1:2:3"), "guidance: expected a number or FIRST"),
+    "temperature unread": (
+        ("sample", "--temperature", "x"),
+        "temperature: expected a number, or one a group",
+    ),
     "zero batch": (("sample", "--batch-size", "0"), "batch-size: expected an integer >= 1, got 0"),
     "out no PNG": (("sample", "--out", "x.jpg"), "out: expected a name that ends in .png"),
     "animation no WebP": (("sample", "--animate", "x.gif"), "animate: expected a name that ends"),
@@ -56,6 +60,14 @@ BAD_VALUES = {
     "class out of range": (("sample", "6"), "expected ids in [0, 6), got 6"),
     "NaN guidance": (("sample", "--guidance", "nan"), "guidance_scale: expected a finite number"),
     "infinite guidance": (("sample", "--guidance", "1:inf"), "guidance_scale: expected a finite"),
+    "guidance of other groups": (
+        ("sample", "--guidance", "1,2,3"),
+        "guidance_scale: expected 4 values, one a group, got 3",
+    ),
+    "infinite temperature of a group": (
+        ("sample", "--temperature", "1,1,1,inf"),
+        "temperature: expected 0 or a number",
+    ),
     "top_p 0": (("sample", "--top-p", "0"), "top_p: expected a number in (0, 1], got 0.0"),
     "top_p above 1": (("sample", "--top-p", "1.5"), "top_p: expected a number in (0, 1], got 1.5"),
     "top_p NaN": (("sample", "--top-p", "nan"), "top_p: expected a number in (0, 1], got nan"),
