@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import dar_kernels
+from dar_fast.bench.measure import finish
 from dar_fast.files import atomic_write
 from dar_kernels.aot import (
     ARCHITECTURES,
@@ -30,7 +31,6 @@ from dar_kernels.aot import (
     Variant,
     compile_variant,
 )
-from measure import finish
 from presets import shapes
 
 PAGE = Path(__file__).parents[1] / "kernels" / "RESOURCES.md"

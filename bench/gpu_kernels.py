@@ -26,11 +26,18 @@ from torch import Tensor
 
 import cases_prior  # noqa: F401 (fills CASES)
 import cases_tokenizer  # noqa: F401
+from dar_fast.bench.measure import (
+    about,
+    copy_bandwidth,
+    device_seconds,
+    finish,
+    graphed,
+    matrix_rate,
+)
 from dar_fast.files import atomic_write
 from dar_kernels import triton_support
 from dar_kernels.aot import DecoderShape, DenoiserShape, Shape
 from kernel_cases import CASES, Case, Make
-from measure import about, copy_bandwidth, device_seconds, finish, graphed, matrix_rate
 from presets import shapes
 
 OURS = "triton"

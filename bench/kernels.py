@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 
+from dar_fast.bench.floors import prior_bytes, step_flops
+from dar_fast.bench.measure import about, finish
+from dar_fast.bench.models import DTYPES, randomise
 from dar_fast.config import PRIORS, TOKENIZERS
 from dar_fast.models import Prior
 from dar_fast.models.decoding import NativeDecoding, PlainDecoding, decoder_weights
@@ -27,8 +30,6 @@ from dar_fast.models.pixel_dit import PixelDiT
 from dar_fast.sampling import Sampling
 from dar_kernels import prefer
 from dar_kernels.decode_step import NativeDecoder
-from measure import about, finish
-from sampling import DTYPES, prior_bytes, randomise, step_flops
 from vq_nearest import measure as measure_vq_nearest
 
 Row = dict[str, Any]

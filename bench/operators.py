@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from dar_fast.bench.measure import about, finish
+from dar_fast.bench.models import randomise
 from dar_fast.config import PRIORS, TOKENIZERS
 from dar_fast.models import Prior, Tokenizer
 from dar_fast.sampling import Sampling
-from measure import about, finish
-from sampling import randomise
 
 ROWS = 15
 

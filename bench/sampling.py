@@ -14,44 +14,19 @@ from typing import Any
 import torch
 
 from dar_fast import DARPipeline
+from dar_fast.bench.floors import encode_flops, prior_bytes, step_flops
+from dar_fast.bench.measure import (
+    about,
+    finish,
+    matrix_rate,
+    read_bandwidth,
+    seconds,
+    synchronize,
+)
+from dar_fast.bench.models import DTYPES, randomise
 from dar_fast.config import PRIORS, TOKENIZERS, PriorConfig, TokenizerConfig
 from dar_fast.models import Prior, Tokenizer
 from dar_fast.sampling import Sampling
-from measure import about, finish, matrix_rate, read_bandwidth, seconds, synchronize
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def linear_flops(tokens: int, dim: int, matrices: int) -> int:
-    """FLOPs of `matrices` products with [D, D] over so many tokens."""
-    return 2 * tokens * dim * dim * matrices
-
-
-def encode_flops(c: TokenizerConfig) -> int:
-    """Products and attention of the encoder, one picture."""
-    n = (c.image_size // c.patch_size) ** 2 + c.num_tokens
-    return c.encoder_depth * (linear_flops(n, c.encoder_dim, 12) + 4 * n * n * c.encoder_dim)
-
-
-def step_flops(c: TokenizerConfig) -> int:
-    """Products and attention of one pixel DiT evaluation, one picture (REFERENCE §8)."""
-    n, D = (c.image_size // c.dit.patch_size) ** 2, c.dit.dim
-    block = linear_flops(n, D, 6 + 4 + 2 + 8) + 4 * n * n * D + 4 * n * c.group_size * D
-    return c.dit.depth * (block + linear_flops(c.group_size, D, 4))
-
-
-def prior_bytes(model: Prior) -> int:
-    """Bytes of the weights that one code reads: all but the embedding tables."""
-    tables = {id(model.class_embedding.weight), id(model.token_embedding.weight)}
-    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in tables)
-
-
-def randomise(model: torch.nn.Module) -> None:
-    """No weight stays zero: a zero head would draw one code for ever."""
-    with torch.no_grad():
-        for p in model.parameters():
-            if not p.count_nonzero():
-                p.normal_(std=0.02)
 
 
 def demo_rows(repeats: int) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from dar_fast.bench.measure import about, finish, seconds
 from dar_kernels import vq_nearest
-from measure import about, finish, seconds
 
 SIZE = 2048  # of the matrix product
 
