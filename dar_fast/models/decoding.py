@@ -1,4 +1,4 @@
-"""Drawing the codes of a batch, a few at a time: through the module, by fused ops, or in C++.
+"""Drawing the codes of a batch: through the module (plain, compiled), by fused ops, or in C++.
 
 All read every weight once a code for all rows; a guided request has two rows. Fused ops (Triton)
 are six launches a layer over keys and values in pages of 32 tokens. On a CPU one native call draws
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dar_fast.models.kv_cache import StaticCache
 from dar_fast.sampling import Sampling
 from dar_kernels import guided_sample
 from dar_kernels.decode_step import OP, NativeDecoder
@@ -24,7 +25,8 @@ from dar_kernels.decoder_weights import (
 from dar_kernels.pages import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from dar_fast.models.prior import Prior, PriorBlock
+    from dar_fast.models.prior import Prior
+    from dar_fast.models.prior_block import PriorBlock
 
 LEAST = torch.finfo(torch.float32).tiny
 
@@ -116,8 +118,43 @@ class PlainDecoding(Decoding):
         return torch.stack(codes, dim=1)
 
 
-class PagedDecoding(Decoding):
-    """By the fused ops of `decode_step`, one code at a time; a prefix goes the same way."""
+class SteppedDecoding(Decoding):
+    """One code at a time; a prefix goes the same way."""
+
+    inputs: Tensor  # [R, D]
+
+    def _logits(self) -> Tensor:
+        """Logits `[R, V]` of `inputs`, which are appended."""
+        raise NotImplementedError
+
+    def take(self, count: int) -> Tensor:
+        codes, P = [], self.prefix.shape[1]
+        for p in range(self.position, self.position + count):
+            logits = self._logits()
+            code = self.prefix[:, p] if p < P else self._draw(logits, p)
+            self.inputs = self.prior.token_embedding(self._rows(code))
+            codes.append(code)
+        self.position += count
+        return torch.stack(codes, dim=1)
+
+
+class CompiledDecoding(SteppedDecoding):
+    """By the step that `Prior.compile` compiled."""
+
+    def _start(self, classes: Tensor) -> None:
+        prior = self.prior
+        self.cache = StaticCache(prior.config, len(classes), prior.device, prior.head.weight.dtype)
+        self.inputs = prior.class_embedding(classes)
+
+    def _logits(self) -> Tensor:
+        step = self.prior.compiled_step or type(self.prior).step
+        logits: Tensor = step(self.prior, self.inputs, self.cache)
+        self.cache.position += 1
+        return logits
+
+
+class PagedDecoding(SteppedDecoding):
+    """By the fused ops of `decode_step`."""
 
     def _start(self, classes: Tensor) -> None:
         self.weights = decoder_weights(self.prior)
@@ -126,18 +163,12 @@ class PagedDecoding(Decoding):
         self.inputs = self.prior.class_embedding(classes)  # [R, D]
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
 
-    def take(self, count: int) -> Tensor:
-        codes, P = [], self.prefix.shape[1]
-        for p in range(self.position, self.position + count):
-            logits = decode_step_by_ops(
-                self.weights, self.inputs, self.pages, self.block_table, self.positions
-            )
-            self.positions += 1
-            code = self.prefix[:, p] if p < P else self._draw(logits, p)
-            self.inputs = self.prior.token_embedding(self._rows(code))
-            codes.append(code)
-        self.position += count
-        return torch.stack(codes, dim=1)
+    def _logits(self) -> Tensor:
+        logits = decode_step_by_ops(
+            self.weights, self.inputs, self.pages, self.block_table, self.positions
+        )
+        self.positions += 1
+        return logits
 
 
 class NativeDecoding(Decoding):
@@ -164,6 +195,8 @@ class NativeDecoding(Decoding):
         dtype = torch.float32 if self.prior.head.weight.dtype == torch.float32 else torch.bfloat16
         self.pages, self.block_table = room(weights, len(classes), dtype)
         self.inputs = self.prior.class_embedding(classes).float()  # [R, D], then codes [B]
+        B = len(self.seeds)
+        self.uncond = torch.arange(B, 2 * B) if self.guided else None
 
     def take(self, count: int) -> Tensor:
         warmth = self.temperatures[self.position : self.position + count]
@@ -182,7 +215,7 @@ class NativeDecoding(Decoding):
             temperature=self.temperatures[first].expand(B).contiguous(),
             top_k=torch.full((B,), min(sampling.top_k, 2**31 - 1), dtype=torch.int32),
             top_p=torch.full((B,), max(sampling.top_p, LEAST)),  # fp32 must not round it to 0
-            guided=self.guided, forced=forced.contiguous() if given.shape[1] else None,
+            uncond=self.uncond, forced=forced.contiguous() if given.shape[1] else None,
         )  # fmt: skip
         self.position += count
         self.inputs = codes[:, -1].contiguous()
@@ -204,6 +237,11 @@ def start_decoding(
     prefix: Tensor,
     implementation: str | None = None,
 ) -> Decoding:
-    """A run as `Decoding` describes, by the implementation of `decode_step` that is chosen."""
+    """A run as `Decoding` describes, by the implementation of `decode_step` that is chosen.
+
+    A compiled prior decodes by its step, unless another implementation than `torch` is named.
+    """
+    if prior.compiled_step is not None and implementation in (None, "torch"):
+        return CompiledDecoding(prior, classes, sampling, seeds, prefix)
     chosen = OP.pick(prior.device.type, prior.head.weight.dtype, implementation)
     return KINDS[chosen](prior, classes, sampling, seeds, prefix)

@@ -3,6 +3,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -35,15 +36,17 @@ class Decoder : public dar::DecoderModel {
         const Tensor &top_p,
         const std::optional<Tensor> &forced,
         const Tensor &codes,
-        bool guided,
+        const std::optional<Tensor> &uncond,
         int threads,
         const std::string &isa) const {
         Batch batch{};
         batch.codes = expect<int64_t>(codes, WHO, "codes", {-1, -1});
         batch.B = size(codes, 0);
         batch.steps = size(codes, 1);
-        batch.guided = guided;
         const int64_t B = batch.B, n = batch.steps;
+        if (uncond.has_value())
+            batch.uncond = expect<int64_t>(*uncond, WHO, "uncond", {B});
+        set_rows(batch);
         set_input(batch, x);
         batch.guidance = expect<float>(guidance, WHO, "guidance", {B, n});
         batch.temperature = expect<float>(temperature, WHO, "temperature", {B});
@@ -84,6 +87,7 @@ class Decoder : public dar::DecoderModel {
         batch.logits = expect<float>(out, WHO, "out", {-1, m_.V});
         batch.B = size(out, 0);
         batch.steps = 1;
+        set_rows(batch);
         set_input(batch, x);
         const Pages pages = set_pages(batch, keys, values, table, positions);
         launch(pages, batch, threads, isa);
@@ -100,6 +104,27 @@ class Decoder : public dar::DecoderModel {
     }
     void check_codes(const int64_t *codes, int64_t n, int64_t least, const char *name) const {
         check_codes(codes, n, least, name, m_.V);
+    }
+
+    // As many unconditional rows as there are guided requests, each of one of them.
+    static void set_rows(Batch &batch) {
+        const int64_t B = batch.B;
+        const int64_t unguided = batch.uncond == nullptr ? B : std::count(batch.uncond, batch.uncond + B, -1);
+        const int64_t R = 2 * B - unguided;
+        batch.request.assign(static_cast<size_t>(R), -1);
+        std::iota(batch.request.begin(), batch.request.begin() + B, 0);
+        for (int64_t b = 0; b < B; ++b) {
+            const int64_t row = batch.uncond_row(b);
+            if (row == -1)
+                continue;
+            const std::string range = "uncond -1 or in [" + std::to_string(B) + ", " + std::to_string(R) + ")";
+            if (row < B || row >= R)
+                fail(range + " for " + std::to_string(R - B) + " guided requests, got " + std::to_string(row));
+            int64_t &request = batch.request[static_cast<size_t>(row)];
+            if (request >= 0)
+                fail(range + " with a row for each guided request, got " + std::to_string(row) + " twice");
+            request = b;
+        }
     }
 
     void set_input(Batch &batch, const Tensor &x) const {
@@ -131,7 +156,7 @@ class Decoder : public dar::DecoderModel {
         const int64_t end = std::min(m_.N, batch.max_pages * PAGE) - batch.steps;
         std::vector<int32_t> used, written;
         for (int64_t r = 0; r < R; ++r) {
-            const int64_t position = batch.positions[r % batch.B];
+            const int64_t position = batch.positions[batch.request[static_cast<size_t>(r)]];
             if (position < 0 || position > end)
                 fail(
                     "positions in [0, " + std::to_string(end) + "]: the tables have " + std::to_string(m_.N) +
@@ -208,7 +233,7 @@ void dar::bind_decode_step(nb::module_ &module) {
             "top_p"_a.noconvert(),
             "forced"_a.noconvert().none(),
             "codes"_a.noconvert(),
-            "guided"_a,
+            "uncond"_a.noconvert().none(),
             "threads"_a,
             "isa"_a = ""
         )

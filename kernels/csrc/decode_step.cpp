@@ -52,8 +52,8 @@ class Run {
 
     void work(Team &team, int worker) {
         Own &own = own_[static_cast<size_t>(worker)];
-        for (auto [b, last] = team.share(batch_.B, 1, worker); b < last; ++b)
-            first_input(b);
+        for (auto [row, last] = team.share(R_, 1, worker); row < last; ++row)
+            first_input(row);
         team.wait();
         for (int64_t step = 0; step < batch_.steps; ++step) {
             for (size_t layer = 0; layer < m_.layers.size(); ++layer)
@@ -183,7 +183,7 @@ class Run {
     // Rotates, appends and attends for one row and key head.
     void attend(int64_t row, int64_t kv_head, size_t layer, int64_t step, Own &own) {
         const int64_t Dh = m_.head_dim, H = m_.heads, Hkv = m_.kv_heads;
-        const int64_t position = batch_.positions[row % batch_.B] + step;
+        const int64_t position = batch_.positions[batch_.request[static_cast<size_t>(row)]] + step;
         const int32_t *table = batch_.table + row * batch_.max_pages;
         const float *qkv = qkv_.get() + row * padded(m_.layers[layer].qkv.O);
         const int64_t stride = Hkv * PAGE * Dh; // of a page
@@ -224,12 +224,12 @@ class Run {
             );
     }
 
-    void first_input(int64_t b) {
-        for (int64_t row = b; row < R_; row += batch_.B)
-            if (batch_.inputs != nullptr)
-                std::copy_n(batch_.inputs + row * m_.D, m_.D, x_.get() + row * padded(m_.D));
-            else
-                embed(batch_.input_codes[b], x_.get() + row * padded(m_.D));
+    void first_input(int64_t row) {
+        float *out = x_.get() + row * padded(m_.D);
+        if (batch_.inputs != nullptr)
+            std::copy_n(batch_.inputs + row * m_.D, m_.D, out);
+        else
+            embed(batch_.input_codes[batch_.request[static_cast<size_t>(row)]], out);
     }
 
     int64_t forced(int64_t b, int64_t step) const {
@@ -243,12 +243,13 @@ class Run {
         return true;
     }
 
-    // Draws or takes the code of one request, and embeds it for its rows.
+    // Draws or takes the code of one request, and embeds it for its one or two rows.
     void next_input(int64_t b, int64_t step, Own &own) {
+        const int64_t null_row = batch_.uncond_row(b);
         int64_t code = forced(b, step);
         if (code < 0) {
             const float *cond = logits_.get() + b * m_.V;
-            const float *uncond = batch_.guided ? cond + batch_.B * m_.V : nullptr;
+            const float *uncond = null_row < 0 ? nullptr : logits_.get() + null_row * m_.V;
             const Sampling sampling{
                 batch_.guidance[b * batch_.steps + step],
                 batch_.temperature[b],
@@ -260,8 +261,9 @@ class Run {
             code = guided_sample(kernels_, cond, uncond, m_.V, sampling, own.sample.get());
         }
         batch_.codes[b * batch_.steps + step] = code;
-        for (int64_t row = b; row < R_; row += batch_.B)
-            embed(code, x_.get() + row * padded(m_.D));
+        embed(code, x_.get() + b * padded(m_.D));
+        if (null_row >= 0)
+            embed(code, x_.get() + null_row * padded(m_.D));
     }
 
     const Model &m_;

@@ -31,13 +31,15 @@ struct Pages {
     int64_t count;
 };
 
-// B requests: rows 0 to B - 1, and where guided the unconditional rows of the same requests behind them.
+// B requests in R rows: row b < B is the conditional one of request b, each row from B on is the
+// unconditional one of some request.
 struct Batch {
     int64_t B;
-    bool guided;
-    const float *inputs;        // [R, D] of the first step, or null
-    const int64_t *input_codes; // [B], where `inputs` is null
-    const int32_t *table;       // [R, max_pages]
+    std::vector<int64_t> request; // [R], of each row
+    const int64_t *uncond;        // [B], the unconditional row of each request, -1: unguided; or null: all are
+    const float *inputs;          // [R, D] of the first step, or null
+    const int64_t *input_codes;   // [B], where `inputs` is null
+    const int32_t *table;         // [R, max_pages]
     int64_t max_pages;
     const int64_t *positions; // [B], of the first input
     int64_t steps;
@@ -49,7 +51,8 @@ struct Batch {
     int64_t *codes;                   // [B, steps], or null:
     float *logits;                    // [R, V] of the only step, nothing is drawn
 
-    int64_t rows() const { return guided ? 2 * B : B; }
+    int64_t rows() const { return static_cast<int64_t>(request.size()); }
+    int64_t uncond_row(int64_t b) const { return uncond == nullptr ? -1 : uncond[b]; }
 };
 
 // All arguments have been checked; see bind_decode_step.cpp.

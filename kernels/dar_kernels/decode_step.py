@@ -169,17 +169,18 @@ class NativeDecoder:
         temperature: Tensor,
         top_k: Tensor,
         top_p: Tensor,
-        guided: bool,
+        uncond: Tensor | None = None,
         forced: Tensor | None = None,
         threads: int | None = None,
     ) -> Tensor:
         """`steps` steps of B requests in one call without the interpreter's lock.
 
-        A request has one row, or with `guided` two: the conditional rows come first, then the
-        unconditional ones in the same order. Its codes are the same whatever its batch.
+        Rows 0 … B - 1 are the conditional ones of the requests; each row behind them is the
+        unconditional one of a guided request. Codes of a request are the same whatever its batch.
 
         Args:
-            x: the first inputs, fp32 `[R, D]`, or codes to embed, int64 `[B]`.
+            x: the first inputs, fp32 `[R, D]`, or codes to embed, int64 `[B]`, which the
+                unconditional row of a request takes too.
             pages: where keys and values are appended.
             block_table: int32 `[R, max_pages]`; pages that new tokens go to belong to one row.
             positions: int64 `[B]`, of the first input; the code drawn from it has that position.
@@ -189,6 +190,8 @@ class NativeDecoder:
             temperature: fp32 `[B]`; 0 is greedy.
             top_k: int32 `[B]`; 0 keeps all.
             top_p: fp32 `[B]` in (0, 1].
+            uncond: int64 `[B]`, the unconditional row of each request, in [B, R), no two alike;
+                -1 where it is unguided. R is B and the number of guided requests. None: unguided.
             forced: int64 `[B, n]`, codes that are given, -1 where one is to be drawn; a step with
                 all codes given skips the head.
             threads: None: torch.get_num_threads().
@@ -206,11 +209,12 @@ class NativeDecoder:
             "x": x, "block_table": block_table, "positions": positions, "seeds": seeds,
             "guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p,
         }  # fmt: skip
-        check_on_cpu(tensors if forced is None else tensors | {"forced": forced}, pages)
+        given = {k: t for k, t in (("uncond", uncond), ("forced", forced)) if t is not None}
+        check_on_cpu(tensors | given, pages)
         codes = torch.empty(len(positions), steps, dtype=torch.int64)
         self._native.run(
             x.detach(), pages.keys, pages.values, block_table, positions, seeds, guidance,
-            temperature, top_k, top_p, forced, codes, bool(guided), _threads(threads), self.isa,
+            temperature, top_k, top_p, forced, codes, uncond, _threads(threads), self.isa,
         )  # fmt: skip
         return codes
 

@@ -102,8 +102,10 @@ def test_bf16_pages_of_fp32_weights(isa):
 
 
 def run(decoder, weights, x, pages, table, positions, options, n, guided, **more):
+    B = len(positions)
+    uncond = torch.arange(B, 2 * B) if guided else None
     return decoder.run(
-        x, pages, table, positions, steps=n, guided=guided, **options._asdict(), **more
+        x, pages, table, positions, steps=n, uncond=uncond, **options._asdict(), **more
     )
 
 

@@ -22,7 +22,7 @@ def call(**change):
     pages, table = make_pages(weights, 2 * B, torch.float32)
     arguments = {
         "x": torch.ones(2 * B, ODD.D), "pages": pages, "block_table": table,
-        "positions": torch.tensor([0, 40]), "steps": n, "guided": True,
+        "positions": torch.tensor([0, 40]), "steps": n, "uncond": torch.tensor([2, 3]),
     }  # fmt: skip
     arguments |= make_settings(B, n)._asdict() | change
     return NativeDecoder(weights).run(**arguments)
@@ -35,7 +35,24 @@ WRONG = {
     "x-dtype": ({"x": torch.ones(4, 96).half()}, TypeError, r"x float32 \[4, 96\].*got float16"),
     "x-shape": ({"x": torch.ones(4, 95)}, ValueError, r"contiguous, got float32 \[4, 95\]"),
     "x-strides": ({"x": torch.ones(96, 4).T}, ValueError, r"got float32 \[4, 96\] with strides"),
-    "x-rows": ({"guided": False}, ValueError, r"expected x float32 \[2, 96\]"),
+    "x-rows": ({"uncond": None}, ValueError, r"expected x float32 \[2, 96\]"),
+    "x-rows-mixed": ({"uncond": ints([-1, 2])}, ValueError, r"expected x float32 \[3, 96\]"),
+    "uncond-type": ({"uncond": True}, TypeError, "expected uncond a tensor, got bool"),
+    "uncond-dtype": ({"uncond": ints([2, 3]).int()}, TypeError, r"uncond int64 \[2\].*got int32"),
+    "uncond-shape": ({"uncond": ints([2, 3, 4])}, ValueError, r"uncond int64 \[2\]"),
+    "uncond-conditional": (
+        {"uncond": ints([1, 2])},
+        ValueError, r"uncond -1 or in \[2, 4\) for 2 guided requests, got 1",
+    ),
+    "uncond-gap": (
+        {"uncond": ints([-1, 3])},
+        ValueError, r"uncond -1 or in \[2, 3\) for 1 guided requests, got 3",
+    ),
+    "uncond-negative": ({"uncond": ints([-2, 2])}, ValueError, "for 2 guided requests, got -2"),
+    "uncond-twice": (
+        {"uncond": ints([3, 3])},
+        ValueError, r"in \[2, 4\) with a row for each guided request, got 3 twice",
+    ),
     "x-device": ({"x": torch.ones(4, 96, device="meta")}, ValueError, "x on cpu, got meta"),
     "x-codes": ({"x": ints([0, 77])}, ValueError, r"codes of x in \[0, 77\), got 77"),
     "pages-type": ({"pages": None}, TypeError, "expected pages a DecoderPages, got NoneType"),
@@ -224,7 +241,8 @@ def entries():
     decoder = _native.Decoder(*build)
     x, positions = torch.ones(2 * B, ODD.D), torch.tensor([0, 40])
     codes = torch.empty(B, n, dtype=torch.int64)
-    run = (x, *pages, table, positions, *options, None, codes, True, 2, "")
+    uncond = torch.tensor([3, 2])
+    run = (x, *pages, table, positions, *options, None, codes, uncond, 2, "")
     rows = torch.tensor([0, 1, 2, 3])
     one = torch.ones(3)
     draws = (
