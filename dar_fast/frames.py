@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dar_fast.flow import Trajectory
 from dar_fast.models import Prior, Tokenizer
-from dar_fast.models.token_decoder import TokenCache
 from dar_fast.request import Request
 
 
@@ -50,13 +49,13 @@ def draw_frames(parts: Parts, request: Request) -> Iterator[Frame]:
     codes = torch.empty(batch, 0, dtype=torch.int64, device=tokenizer.device)
     D = tokenizer.config.decoder_dim
     conditions = torch.empty(batch, 0, D, device=tokenizer.device, dtype=tokenizer.dtype)
-    cache: TokenCache | None = None
+    cache = tokenizer.token_decoder.cache(batch)
     step = 0
     for group in itertools.islice(groups, request.num_groups):
         codes = torch.cat((codes, group), dim=1)
         if run is not None:
             embedded = tokenizer.quantizer.embed(group)
-            extended, cache = tokenizer.token_decoder.extend(embedded, cache)
+            extended = tokenizer.token_decoder.extend(embedded, cache, conditions.shape[1])
             conditions = torch.cat((conditions, extended), dim=1)
         while step < S and tokenizer.group_start(step, S) + Q <= codes.shape[1]:
             if run is not None:

@@ -198,16 +198,26 @@ class GatedBlock(nn.Module):
         return layer_norm(x, norm.weight, norm.bias, NORM_EPS)
 
     def extend(
-        self, x: Tensor, cache: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Causal pass of the new tokens `x` `[B, n, D]` behind a cache of keys and values."""
+        self, x: Tensor, keys: Tensor, values: Tensor, past: int, rows: Tensor | None = None
+    ) -> Tensor:
+        """Causal pass of the tokens `x` `[B, n, D]` at positions past … past + n - 1.
+
+        Args:
+            keys, values: `[R, H, N, Dh]`: read before `past`, written at those positions.
+            past: a constant of a captured graph.
+            rows: int64 `[B]`, the row of `keys` and `values` that each picture has; None: row b.
+        """
         normed = self._norm(self.norm1, x)
-        keys, values = self.attention.keys_values(normed)
-        n = x.shape[1]
-        past = 0
-        if cache is not None:
-            past = cache[0].shape[2]
-            keys, values = torch.cat((cache[0], keys), 2), torch.cat((cache[1], values), 2)
-        mask = torch.ones(n, past + n, dtype=torch.bool, device=x.device).tril(past)
-        x = x + self.gate1 * self.attention.attend(normed, keys, values, mask=mask)
-        return x + self.gate2 * self.mlp(self._norm(self.norm2, x)), (keys, values)
+        n, end = x.shape[1], past + x.shape[1]
+        seen = []
+        for cache, new in zip((keys, values), self.attention.keys_values(normed), strict=True):
+            cache = cache[:, :, :end]
+            if rows is None:
+                cache[: len(x), :, past:] = new
+                seen.append(cache[: len(x)])
+            else:
+                cache[:, :, past:].index_copy_(0, rows, new)
+                seen.append(cache.index_select(0, rows))
+        mask = torch.ones(n, end, dtype=torch.bool, device=x.device).tril(past)
+        x = x + self.gate1 * self.attention.attend(normed, seen[0], seen[1], mask=mask)
+        return x + self.gate2 * self.mlp(self._norm(self.norm2, x))

@@ -5,10 +5,13 @@
     x += gate_a self_attention(LN(x)(1 + scale_a) + shift_a)
     x += gate_m mlp(LN(x)(1 + scale_m) + shift_m)
 
+`forward` is `velocity` of two constants, `times` and `conditions`, which an engine keeps: the first
+for every solver step there is, the second for the steps that read one group.
 Compute bound: 40 D^2 FLOPs a patch and block beside attention. Source: arXiv 2505.23660, §3.2.
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -32,11 +35,10 @@ REPA_GRID, REPA_HIDDEN, REPA_DIM = 16, 2048, 768
 
 
 class BlockCondition(NamedTuple):
-    """What a block reads of a group's condition tokens and of the time."""
+    """What a block reads of a group's condition tokens."""
 
     keys: Tensor  # [B, H, Q, Dh], normed
     values_out: Tensor  # [B, H, Q, D], the output projection absorbed
-    time: Tensor  # [B, D]
 
 
 class Velocity(NamedTuple):
@@ -78,21 +80,19 @@ class DiTBlock(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.cond_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def condition(self, features: Tensor, cond: Tensor) -> BlockCondition:
-        """What this block reads of time features `[B, D]` and a group's tokens `[B, Q, D]`."""
+    def condition(self, cond: Tensor) -> BlockCondition:
+        """What this block reads of a group's normed tokens `[B, Q, D]`."""
         cross = self.cross_attention
         keys, values = cross.keys_values(layer_norm(self.cond_embed(cond), eps=NORM_EPS))
-        return BlockCondition(
-            keys, absorb_output(values, cross.proj.weight), self.time_embed(features)
-        )
+        return BlockCondition(keys, absorb_output(values, cross.proj.weight))
 
     def forward(
-        self, x: Tensor, condition: BlockCondition, tables: tuple[Tensor, Tensor]
+        self, x: Tensor, time: Tensor, condition: BlockCondition, tables: tuple[Tensor, Tensor]
     ) -> Tensor:
         cross = self.cross_attention
         features = adaln_cross_attention(
             x, cross.q.operand, cross.q.bias, cross.q_norm.weight, cross.q_norm.bias,
-            condition.keys, condition.values_out, cross.proj.bias, condition.time, *tables,
+            condition.keys, condition.values_out, cross.proj.bias, time, *tables,
         )  # fmt: skip
         m = adaln_modulate(x, features, self.modulation.operand, self.modulation.bias)
         y = self.attention(m.modulated, tables)
@@ -132,16 +132,40 @@ class PixelDiT(nn.Module):
         )
         return self.repa_out(pooled.flatten(2).transpose(1, 2))
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor, *, align: bool = False) -> Velocity:
-        """Velocity at noisy images `x` `[B, 3, R, R]`, times `t` `[B]`, conditions `[B, Q, D]`."""
+    def times(self, t: Tensor) -> Iterator[Tensor]:
+        """Every block's embedding `[B, D]` of times `t` `[B]` in [0, 1], one after the other."""
+        weight = self.cond_mlp.weight
+        features = time_features(t, len(weight)).to(weight.dtype)
+        return (cast(DiTBlock, block).time_embed(features) for block in self.blocks)
+
+    def conditions(self, cond: Tensor) -> Iterator[BlockCondition]:
+        """What every block reads of one group's tokens `[B, Q, D]`, one after the other.
+
+        Who keeps none holds one block's at a time, H Q (D + Dh) numbers a picture.
+        """
         cond = layer_norm(self.cond_mlp(cond), eps=NORM_EPS)
-        features = time_features(t, cond.shape[-1]).to(cond.dtype)
+        return (cast(DiTBlock, block).condition(cond) for block in self.blocks)
+
+    def velocity(
+        self,
+        x: Tensor,
+        times: Iterable[Tensor],
+        conditions: Iterable[BlockCondition],
+        *,
+        align: bool = False,
+    ) -> Velocity:
+        """Velocity at `x` `[B, 3, R, R]`, of one entry a block of `times` and `conditions`."""
         tables = self.rotary.tables(x.device)
         x = self.conv_in(self.patchify(x))
         alignment = None
-        for i, module in enumerate(self.blocks):
+        for i, (block, time, condition) in enumerate(
+            zip(self.blocks, times, conditions, strict=True)
+        ):
             if align and i == self.repa_layer:
                 alignment = self.align(x)
-            block = cast(DiTBlock, module)
-            x = block(x, block.condition(features, cond), tables)
+            x = block(x, time, condition, tables)
         return Velocity(self.conv_out(layer_norm(x, eps=NORM_EPS)), alignment)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor, *, align: bool = False) -> Velocity:
+        """Velocity at noisy images `x` `[B, 3, R, R]`, times `t` `[B]`, conditions `[B, Q, D]`."""
+        return self.velocity(x, self.times(t), self.conditions(cond), align=align)

@@ -3,7 +3,7 @@
 24 N D^2 FLOPs a block. Source: arXiv 2505.23660, §3.1.
 """
 
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -11,7 +11,12 @@ from dar_fast.config import TokenizerConfig
 from dar_fast.models.layers import NORM_EPS, GatedBlock
 from dar_kernels import layer_norm
 
-TokenCache = list[tuple[Tensor, Tensor]]  # keys and values [B, H, n, Dh] of every layer
+
+class TokenCache(NamedTuple):
+    """Keys and values of every layer, each `[layers, B, H, N, Dh]`; `extend` writes them."""
+
+    keys: Tensor
+    values: Tensor
 
 
 class TokenDecoder(nn.Module):
@@ -19,6 +24,7 @@ class TokenDecoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig, gate_init: float = 0.0) -> None:
         super().__init__()
+        self.num_tokens = config.num_tokens
         self.position_embedding = nn.Embedding(config.query_table, config.decoder_dim)
         self.layers = nn.ModuleList(
             GatedBlock(config.decoder_dim, config.head_dim, gate_init)
@@ -31,12 +37,19 @@ class TokenDecoder(nn.Module):
             x = layer(x, causal=True)
         return layer_norm(x, eps=NORM_EPS)
 
-    def extend(self, x: Tensor, cache: TokenCache | None = None) -> tuple[Tensor, TokenCache]:
-        """Conditions `[B, n, D]` of the next n tokens, and the cache grown by them."""
-        start = cache[0][0].shape[2] if cache else 0
-        x = x + self.position_embedding.weight[start : start + x.shape[1]]
-        grown: TokenCache = []
-        for i, layer in enumerate(self.layers):
-            x, entry = cast(GatedBlock, layer).extend(x, cache[i] if cache else None)
-            grown.append(entry)
-        return layer_norm(x, eps=NORM_EPS), grown
+    def cache(self, batch: int) -> TokenCache:
+        """An empty cache for `batch` pictures of up to N tokens."""
+        layer = cast(GatedBlock, self.layers[0]).attention
+        D, Dh = layer.k.in_features, layer.head_dim
+        shape = len(self.layers), batch, D // Dh, self.num_tokens, Dh
+        return TokenCache(layer.k.weight.new_empty(shape), layer.v.weight.new_empty(shape))
+
+    def extend(self, x: Tensor, cache: TokenCache, past: int, rows: Tensor | None = None) -> Tensor:
+        """Conditions `[B, n, D]` of the n embedded codes `x` behind `past` others in `cache`.
+
+        `rows`: int64 `[B]`, each picture's row of the cache; None: the first B, in order.
+        """
+        x = x + self.position_embedding.weight[past : past + x.shape[1]]
+        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            x = cast(GatedBlock, layer).extend(x, keys, values, past, rows)
+        return layer_norm(x, eps=NORM_EPS)

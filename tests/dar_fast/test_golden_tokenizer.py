@@ -116,10 +116,11 @@ def test_training_step(name):
 @torch.no_grad()
 def test_token_decoder_group_by_group(name, chunk):
     model, recorded = golden_tokenizer(name), golden(name).tensors
-    cache, parts = None, []
-    for codes in recorded["codes"].long().split(chunk, dim=1):
-        part, cache = model.token_decoder.extend(model.quantizer.embed(codes), cache)
-        parts.append(part)
+    codes = recorded["codes"].long()
+    cache, parts = model.token_decoder.cache(len(codes)), []
+    for i, group in enumerate(codes.split(chunk, dim=1)):
+        embedded = model.quantizer.embed(group)
+        parts.append(model.token_decoder.extend(embedded, cache, i * chunk))
     assert relative_error(torch.cat(parts, 1), recorded["cond_from_codes"]) <= TOLERANCE
 
 
