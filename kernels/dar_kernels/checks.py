@@ -4,7 +4,9 @@ Before any launch, in the order type, dtype, shape, device. Nothing is read back
 sizes are only compared, so that torch.compile traces these checks with dynamic shapes too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import EllipsisType
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from dar_kernels.triton_support import TRITON_DTYPES
 
 FLOATS = (*TRITON_DTYPES, torch.float64)
+_UNREAD: ContextVar[bool] = ContextVar("values are not checked", default=False)
 
 
 class Dim(NamedTuple):
@@ -123,9 +126,21 @@ def check_norm(op: str, x: Tensor, most: int, eps: float, **affine: Tensor | Non
             check_tensor(op, name, tensor, x.shape[-1:], (x.dtype, torch.float32), x.device)
 
 
+@contextmanager
+def values_unread() -> Iterator[None]:
+    """Within it, values are not checked on the CPU either: for work that is recorded."""
+    token = _UNREAD.set(True)
+    try:
+        yield
+    finally:
+        _UNREAD.reset(token)
+
+
 def readable(tensor: Tensor) -> bool:
-    """Whether values can be checked: on the CPU, and not while a graph is traced."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values can be checked: on the CPU, and not while work is traced or recorded."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not _UNREAD.get()
 
 
 def check_below(op: str, name: str, values: Tensor, end: int, where: Tensor | None = None) -> None:
