@@ -32,6 +32,8 @@ from dar_fast.models.layers import pack
 from dar_fast.request import Request, Seeds, StepCallback, make_request
 from dar_fast.sampling import GuidanceScale, Temperature
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
 
 @dataclass(frozen=True, slots=True)
 class PipelineOutput:
@@ -140,6 +142,26 @@ class DARPipeline:
         for module in (self.prior, self.tokenizer):
             module.to(device=device, dtype=dtype)
         pack(self.tokenizer.pixel_dit)
+        return self
+
+    def compile(self, mode: str | None = None, *, backend: str = "inductor") -> Self:
+        """Compile the plain models in place, whole: decode step, token decoder and pixel DiT.
+
+        The first pictures wait for the compiler, and once more each for another dtype and the first
+        other batch sizes. Drawing then goes by PyTorch's step rather than by that of C++ or Triton.
+        Within `dar_kernels.prefer("torch")` no op of `dar_kernels` is opaque to the compiler.
+
+        Args:
+            mode: of torch.compile.
+            backend: of torch.compile.
+
+        Raises:
+            ValueError: where there is no such mode.
+        """
+        if mode not in (None, *COMPILE_MODES):
+            raise ValueError(f"mode: expected one of {list(COMPILE_MODES)} or None, got {mode!r}")
+        for module in (self.prior, self.tokenizer.token_decoder, self.tokenizer.pixel_dit):
+            module.compile(fullgraph=True, mode=mode, backend=backend)
         return self
 
     def get_label_ids(self, class_labels: ClassLabels) -> list[int]:

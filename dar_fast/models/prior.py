@@ -4,125 +4,29 @@ x += W_o attention(RMSNorm x); x += W_2 (silu(W_1 h) * W_3 h); logits at positio
 Decoding reads every weight once a code, for both guidance rows. Source: arXiv 2505.23660, §3.3.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dar_fast.config import PriorConfig
 from dar_fast.models.decoding import start_decoding
+from dar_fast.models.kv_cache import KVCache, StaticCache
 from dar_fast.models.layers import Rotary, rope_angles
+from dar_fast.models.prior_block import Cache, PriorBlock, RMSNorm
+from dar_fast.models.quantized import Product
 from dar_fast.sampling import GuidanceScale, Sampling, Temperature, resolve_seeds
-from dar_kernels import NormedResidual, linear_cross_entropy, rms_norm_residual, rope_2d, swiglu
+from dar_kernels import linear_cross_entropy
 
 INIT_STD = 0.02
-
-
-class KVCache:
-    """Keys and values of every layer, `[B, Hkv, N, Dh]`, filled from the left up to `length`."""
-
-    def __init__(self, config: PriorConfig, batch: int, device: torch.device, dtype: torch.dtype):
-        shape = (batch, config.key_value_heads, config.num_tokens, config.head_dim)
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.depth)]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.depth)]
-        self.length = 0
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write `[B, Hkv, n, Dh]` behind `length`; all keys and values so far."""
-        end = self.length + keys.shape[2]
-        self.keys[layer][:, :, self.length : end] = keys
-        self.values[layer][:, :, self.length : end] = values
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-
-class RMSNorm(nn.Module):
-    """The scale of x rsqrt(mean x^2 + eps), which `rms_norm_residual` computes."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor, delta: Tensor | None = None) -> NormedResidual:
-        """Norm of the residual stream `x` plus a branch `delta`, and that sum."""
-        return rms_norm_residual(x, delta, self.weight, self.eps)
 
 
 def line_angles(num_tokens: int, head_dim: int, base: float, device: torch.device) -> Tensor:
     """Angles `[N, Dh / 2]` of positions 0 … N - 1, in fp32 as published."""
     positions = torch.arange(num_tokens, dtype=torch.float32, device=device)
     return rope_angles(positions, head_dim, base)
-
-
-class PriorAttention(nn.Module):
-    def __init__(self, config: PriorConfig) -> None:
-        super().__init__()
-        self.heads, self.kv_heads = config.heads, config.key_value_heads
-        self.head_dim = config.head_dim
-        self.qkv = nn.Linear(
-            config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False
-        )
-        self.proj = nn.Linear(config.dim, config.dim, bias=False)
-
-    def forward(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, layer: int
-    ) -> Tensor:
-        H, Hkv = self.heads, self.kv_heads
-        q, k, v = (
-            self.qkv(x)
-            .unflatten(-1, (H + 2 * Hkv, self.head_dim))
-            .transpose(1, 2)
-            .split((H, Hkv, Hkv), dim=1)
-        )  # [B, H, n, Dh]
-        q, k = rope_2d(q, *tables), rope_2d(k, *tables)
-        n, mask = x.shape[1], None
-        if cache is not None:
-            past = cache.length
-            k, v = cache.append(layer, k, v)
-            if past and n > 1:
-                mask = torch.ones(n, past + n, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and n > 1, enable_gqa=H != Hkv
-        )
-        return self.proj(y.transpose(1, 2).flatten(2))
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.gate = nn.Linear(dim, hidden_dim, bias=False)
-        self.up = nn.Linear(dim, hidden_dim, bias=False)
-        self.down = nn.Linear(hidden_dim, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate(x), self.up(x)))
-
-
-class PriorBlock(nn.Module):
-    def __init__(self, config: PriorConfig, dropout: float) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = PriorAttention(config)
-        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = SwiGLU(config.dim, config.hidden_dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self,
-        x: Tensor,
-        delta: Tensor | None,
-        tables: tuple[Tensor, Tensor],
-        cache: KVCache | None,
-        layer: int,
-    ) -> tuple[Tensor, Tensor]:
-        """The residual stream, and the last branch, which the next norm adds to it."""
-        normed, x = self.attention_norm(x, delta)
-        delta = self.dropout(self.attention(normed, tables, cache, layer))
-        normed, x = self.mlp_norm(x, delta)
-        return x, self.dropout(self.mlp(normed))
 
 
 class Prior(nn.Module):
@@ -133,6 +37,8 @@ class Prior(nn.Module):
         dropout: on embeddings, attention output and MLP output, while training; published: 0.1.
     """
 
+    compiled_step: Callable[["Prior", Tensor, StaticCache], Tensor] | None = None
+
     def __init__(self, config: PriorConfig, dropout: float = 0.0) -> None:
         super().__init__()
         self.config = config
@@ -140,7 +46,7 @@ class Prior(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(PriorBlock(config, dropout) for _ in range(config.depth))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head = Product(config.dim, config.vocab_size)
         self.dropout = nn.Dropout(dropout)
         self.rotary = Rotary(
             partial(line_angles, config.num_tokens, config.head_dim, config.rope_base)
@@ -167,11 +73,37 @@ class Prior(nn.Module):
         start = cache.length if cache is not None else 0
         end = start + x.shape[1]
         cos, sin = self.rotary.tables(x.device)
-        x, delta = self.dropout(x), None
-        for i, layer in enumerate(self.blocks()):
-            x, delta = layer(x, delta, (cos[start:end], sin[start:end]), cache, i)
+        normed = self._through(x, (cos[start:end], sin[start:end]), cache)
         if cache is not None:
             cache.length = end
+        return normed
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """`torch.compile` this module in place, and its decode step, which drawing then goes by.
+
+        A copy of the module is not compiled.
+        """
+        super().compile(*args, **options)
+        self.compiled_step = torch.compile(Prior.step, *args, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "compiled_step": None}
+
+    def step(self, x: Tensor, cache: StaticCache) -> Tensor:
+        """Logits `[R, V]` fp32 of one embedded input a row, `[R, D]`, at `cache.position`.
+
+        No shape depends on the position: compiled, it is one graph.
+        """
+        cos, sin = self.rotary.tables(x.device)
+        tables = cos[cache.position], sin[cache.position]
+        return self.head(self._through(x[:, None], tables, cache)[:, 0]).float()
+
+    def _through(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+        """Normalised last hidden rows of embedded inputs `[B, n, D]`."""
+        x, delta = self.dropout(x), None
+        for i, layer in enumerate(self.blocks()):
+            x, delta = layer(x, delta, tables, cache, i)
         return self.norm(x, delta).normed
 
     def embed(self, codes: Tensor, labels: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from golden_fixtures import check_gradients, golden, golden_prior, relative_error
 
-from dar_fast.models.prior import KVCache
+from dar_fast.models.kv_cache import KVCache
 from dar_fast.sampling import Sampling
 from dar_kernels import UnavailableError, prefer
 

@@ -150,7 +150,7 @@ def test_torch_implementation(dtype, stored):
 
 
 def test_torch_rounds_as_the_prior():
-    from dar_fast.models.prior import RMSNorm
+    from dar_fast.models.prior_block import RMSNorm
 
     x, weight, norm_weight, residual = draw(3, 17, 50, torch.bfloat16)
     norm = RMSNorm(50, 1e-5).to(DEVICE, torch.bfloat16)

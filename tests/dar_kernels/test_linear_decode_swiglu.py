@@ -100,7 +100,7 @@ def test_large_gates(dtype):
 
 
 def test_torch_rounds_as_the_prior():
-    from dar_fast.models.prior import RMSNorm, SwiGLU
+    from dar_fast.models.prior_block import RMSNorm, SwiGLU
 
     x, gate, up, norm_weight = draw(3, 17, 50, torch.bfloat16)
     norm, mlp = RMSNorm(50, 1e-5), SwiGLU(50, 17)
