@@ -39,6 +39,10 @@ class StepRow:
 class TokenRunner(Protocol):
     """Draws one group for every row; a row's codes depend on that row alone."""
 
+    @property
+    def page_bytes(self) -> int:
+        """Of its keys and values."""
+
     def run(self, rows: Sequence[TokenRow]) -> Tensor:
         """Codes int64 `[B, Q]`, which are also in the slots' codes, at the rows' positions."""
 

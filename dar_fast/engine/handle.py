@@ -1,0 +1,74 @@
+"""A submitted request, in the hands of who submitted it."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+from dar_fast.engine.events import Event, Failed, Finished, Result
+
+Listener = Callable[[Event], None]
+
+
+class Handle:
+    """Iterate over it for the events up to the end, or wait for the `result`; from any thread.
+
+    An iteration that stops early leaves the request running: `cancel` ends it.
+    """
+
+    def __init__(self, number: int, cancel: Callable[[], None], listener: Listener | None) -> None:
+        self.number = number  # of the request, in order of submission
+        self._cancel = cancel
+        self._listener = listener
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        self._end: Finished | Failed | None = None
+
+    def cancel(self) -> None:
+        """Ask the engine to drop the request at its next boundary; harmless where it is done."""
+        self._cancel()
+
+    @property
+    def done(self) -> bool:
+        """Whether the request has ended, well or not."""
+        return self._ended.is_set()
+
+    def __iter__(self) -> Iterator[Event]:
+        """Events that no other iteration has taken; the last one is Finished or Failed."""
+        while True:
+            if self.done and self._events.empty():
+                return
+            event = self._events.get()
+            yield event
+            if isinstance(event, Finished | Failed):
+                return
+
+    def result(self, timeout: float | None = None) -> Result:
+        """The result, once there is one.
+
+        Raises:
+            TimeoutError: where it takes longer than `timeout` seconds; the request goes on.
+            RequestFailedError, RequestCancelledError, DeadlineError: where there will be none.
+        """
+        if not self._ended.wait(timeout):
+            raise TimeoutError(f"request {self.number}: not done after {timeout} s")
+        if isinstance(self._end, Finished):
+            return self._end.result
+        if isinstance(self._end, Failed):
+            raise self._end.error
+        raise RuntimeError(f"request {self.number}: ended without an end")
+
+    def _tell(self, event: Event) -> None:
+        """Pass an event on, and to the listener; what that raises goes to the engine."""
+        if self.done:
+            return
+        end = isinstance(event, Finished | Failed)
+        if isinstance(event, Finished | Failed):
+            self._end = event
+        self._events.put(event)
+        if end:
+            self._ended.set()
+        if self._listener is not None:
+            self._listener(event)
+
+
+__all__ = ["Handle", "Listener"]

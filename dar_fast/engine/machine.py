@@ -1,0 +1,106 @@
+"""What an engine is made of on its device: state, runners, lanes; and how it stops."""
+
+import contextlib
+import threading
+from dataclasses import replace
+
+import torch
+
+from dar_fast.engine.board import Board
+from dar_fast.engine.conditions import Conditions
+from dar_fast.engine.config import BATCH_PATCHES, MAX_REQUESTS, EngineConfig
+from dar_fast.engine.cores import Cores
+from dar_fast.engine.diffusion import Diffusion
+from dar_fast.engine.lanes import DiffusionLane, Lane, TokenLane
+from dar_fast.engine.pages import PagePool, request_pages
+from dar_fast.engine.runners import token_runner
+from dar_fast.engine.scheduler import Scheduler
+from dar_fast.engine.scoring import scorers
+from dar_fast.engine.slots import SlotState
+from dar_fast.engine.stats import Stats
+from dar_fast.engine.streams import Streams
+from dar_fast.models import Prior, Tokenizer
+
+
+def _check_parts(prior: Prior, tokenizer: Tokenizer) -> None:
+    """Raise where the two do not belong together."""
+    if not isinstance(prior, Prior):
+        raise TypeError(f"prior: expected a Prior, got {type(prior).__name__}")
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(f"tokenizer: expected a Tokenizer, got {type(tokenizer).__name__}")
+    if prior.device != tokenizer.device:
+        raise ValueError(
+            f"tokenizer: expected the prior's device {prior.device}, got {tokenizer.device}"
+        )
+    for name, ours, theirs in (
+        ("codes", prior.config.vocab_size, tokenizer.config.codebook_size),
+        ("tokens", prior.config.num_tokens, tokenizer.config.num_tokens),
+    ):
+        if ours != theirs:
+            raise ValueError(f"tokenizer: expected the prior's {ours} {name}, got {theirs}")
+
+
+class Machine:
+    """The lanes of one engine and what they work on; knows nothing of the engine itself."""
+
+    def __init__(self, prior: Prior, tokenizer: Tokenizer, config: EngineConfig) -> None:
+        _check_parts(prior, tokenizer)
+        self.prior, self.tokenizer = prior, tokenizer
+        prior.eval()
+        tokenizer.eval()
+        device = tokenizer.device
+        kind = "cuda" if device.type == "cuda" else "cpu"
+        slots = config.max_requests or MAX_REQUESTS[kind]
+        pages = config.num_pages or slots * request_pages(prior.config.num_tokens, 2)
+        patches = (tokenizer.config.image_size // tokenizer.config.dit.patch_size) ** 2
+        batch = min(slots, config.diffusion_batch or max(1, BATCH_PATCHES[kind] // patches))
+        self.state = SlotState(tokenizer, slots)
+        self.streams = Streams(device)
+        scheduler = Scheduler(PagePool(pages), slots, config.max_queue, tokenizer.config.group_size)
+        self.board = Board(scheduler, scorers(prior))
+        cores = None
+        if kind == "cpu":
+            cores = Cores(config.threads or torch.get_num_threads())
+        turn = contextlib.nullcontext() if config.overlap else threading.Lock()
+        conditions = Conditions(tokenizer, self.state, config.deterministic)
+        diffusion = Diffusion(tokenizer, self.state, config.deterministic)
+        self.runner = token_runner(prior, self.state, pages, config)
+        self.lanes: tuple[Lane, ...] = (
+            TokenLane(self.board, self.streams, turn, self.runner, self.state.codes, cores),
+            DiffusionLane(self.board, self.streams, turn, conditions, diffusion, batch, cores),
+        )
+        self._closing = threading.Lock()
+        self._closed = False
+        for lane in self.lanes:
+            lane.thread.start()
+
+    def stats(self) -> Stats:
+        """Of the board, with the time that the lanes were at work."""
+        tokens, diffusion = self.lanes
+        return replace(
+            self.board.stats(),
+            tokens_seconds=tokens.seconds,
+            diffusion_seconds=diffusion.seconds,
+        )
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of weights, slots and pages."""
+        weights = {
+            name: sum(p.numel() * p.element_size() for p in part.parameters())
+            for name, part in (("prior", self.prior), ("tokenizer", self.tokenizer))
+        }
+        return weights | {"slots": sum(self.state.bytes.values()), "pages": self.runner.page_bytes}
+
+    def close(self, drain: bool = False) -> None:
+        """Stop; a second time, or from two threads at once, waits for the first."""
+        self.board.close(drain)
+        with self._closing:
+            if self._closed:
+                return
+            for lane in self.lanes:
+                lane.thread.join()
+            self.board.delivery.close()
+            self._closed = True
+
+
+__all__ = ["Machine"]
