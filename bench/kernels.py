@@ -81,7 +81,7 @@ def decode_rows(codes: int, rounds: int) -> list[Row]:
     seeds, prefix = torch.tensor([0]), torch.empty(1, 0, dtype=torch.int64)
     settings = prior, classes, Sampling(guidance_scale=4.0), seeds, prefix
     weights = decoder_weights(prior)
-    quantised = NativeDecoder(weights, weight_dtype="int8")
+    quantised = NativeDecoder(weights.quantize(torch.int8))
     plain = NativeDecoder(weights)
     with prefer("torch"):
         PlainDecoding(*settings).take(2)

@@ -88,7 +88,7 @@ class Decoder:
         top_p: Tensor,
         forced: Tensor | None,
         codes: Tensor,
-        guided: bool,
+        uncond: Tensor | None,
         threads: int,
         isa: str = "",
     ) -> None: ...

@@ -8,9 +8,8 @@ Source: REFERENCE §2; RoPE from Su et al. (2021), interleaved pairs; int8 produ
 in two planes of bytes.
 """
 
-from typing import Literal
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dar_kernels import native
@@ -19,13 +18,16 @@ from dar_kernels.decoder_weights import (
     WEIGHT_DTYPES,
     DecoderPages,
     DecoderWeights,
+    LayerWeights,
+    Weight,
     check_on_cpu,
     readable,
 )
 from dar_kernels.dispatch import Op, UnavailableError
 from dar_kernels.implementations import by_native, by_torch, by_triton
+from dar_kernels.linear_decode import plain
 from dar_kernels.pages import PAGE_SIZE
-from dar_kernels.quantize import quantize_weight
+from dar_kernels.quantize import QuantizedWeight
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -44,8 +46,15 @@ def decode_step_ref(
 ) -> Tensor:
     """One step in the dtype of its inputs, in fp64 the truth: logits `[R, V]` of inputs `[R, D]`.
 
-    Appends to `pages`. `block_table` `[R, max_pages]` and `positions` `[R]` are integers.
+    Appends to `pages`, which have no scales. `block_table` `[R, max_pages]` and `positions` `[R]`
+    are integers.
     """
+    if pages.key_scales is not None:
+        raise TypeError(f"decode_step: expected pages without scales, got {pages.keys.dtype}")
+
+    def product(x: Tensor, weight: Weight) -> Tensor:
+        return F.linear(x, plain(weight, x.dtype))
+
     H, Hkv, Dh = weights.heads, weights.kv_heads, weights.head_dim
     cos, sin = weights.cos[positions].to(x.dtype), weights.sin[positions].to(x.dtype)
     page = block_table.gather(1, (positions // PAGE_SIZE)[:, None].to(torch.int64)).squeeze(1)
@@ -53,8 +62,8 @@ def decode_step_ref(
     rows = torch.arange(longest, device=x.device)
     mask = rows <= positions[:, None]  # [R, n]
     table = block_table[:, : -(-longest // PAGE_SIZE)].clamp_min(0)
-    for layer, keys, values in zip(weights.layers, *pages, strict=True):
-        qkv = _rms_norm(x, layer.attention_norm, weights.eps) @ layer.qkv.T
+    for layer, keys, values in zip(weights.layers, *pages[:2], strict=True):
+        qkv = product(_rms_norm(x, layer.attention_norm, weights.eps), layer.qkv)
         q, k, v = qkv.unflatten(-1, (-1, Dh)).split((H, Hkv, Hkv), dim=1)  # [R, heads, Dh]
         keys[page, :, positions % PAGE_SIZE] = _rotate(k, cos, sin).to(keys.dtype)
         values[page, :, positions % PAGE_SIZE] = v.to(values.dtype)
@@ -62,16 +71,16 @@ def decode_step_ref(
             p[table].to(x.dtype).transpose(1, 2).flatten(2, 3)[:, :, :longest]
             for p in (keys, values)
         )  # [R, Hkv, n, Dh]
-        y = torch.nn.functional.scaled_dot_product_attention(
+        y = F.scaled_dot_product_attention(
             _rotate(q, cos, sin)[:, :, None],
             k.repeat_interleave(H // Hkv, 1),
             v.repeat_interleave(H // Hkv, 1),
             attn_mask=mask[:, None, None],
         )
-        x = x + y.flatten(1) @ layer.proj.T
+        x = x + product(y.flatten(1), layer.proj)
         h = _rms_norm(x, layer.mlp_norm, weights.eps)
-        x = x + (torch.nn.functional.silu(h @ layer.gate.T) * (h @ layer.up.T)) @ layer.down.T
-    return _rms_norm(x, weights.norm, weights.eps) @ weights.head.T
+        x = x + product(F.silu(product(h, layer.gate)) * product(h, layer.up), layer.down)
+    return product(_rms_norm(x, weights.norm, weights.eps), weights.head)
 
 
 def _compiled(
@@ -95,34 +104,26 @@ class NativeDecoder:
     """The C++ decoder over given weights, which it reads where they are.
 
     fp32 and bf16 products and embeddings are not copied: a change of them shows, as long as their
-    memory stays. Copied once: norms and tables, fp16 weights (to fp32), and with `int8` the
-    products (one scale an output channel). Activations are fp32 between the products and bf16 (at
-    bf16 weights, where the processor multiplies bf16) or 16-bit integers (int8) within them.
+    memory stays. int8 products (`DecoderWeights.quantize`) are not copied either, but must not
+    change. Copied once: norms and tables, and fp16 weights (to fp32). Activations are fp32 between
+    the products and bf16 (at bf16 weights, where the processor multiplies bf16) or 16-bit integers
+    (int8) within them.
 
     Args:
-        weights: on the CPU, fp32, bf16 or fp16.
-        weight_dtype: of the products and the head: as given, or int8.
+        weights: on the CPU, fp32, bf16 or fp16; products and head may be int8.
         isa: an instruction set of `dar_kernels.native.isa_supported()`; None: the fastest.
 
     Raises:
         TypeError, ValueError: where the weights do not fit together.
-        UnavailableError: where the C++ ops were not built.
+        UnavailableError: where the C++ ops were not built, or the weights are fp8.
     """
 
-    def __init__(
-        self,
-        weights: DecoderWeights,
-        *,
-        weight_dtype: Literal["as given", "int8"] = "as given",
-        isa: str | None = None,
-    ) -> None:
+    def __init__(self, weights: DecoderWeights, *, isa: str | None = None) -> None:
         if not isinstance(weights, DecoderWeights):
             raise TypeError(f"decode_step: expected DecoderWeights, got {type(weights).__name__}")
-        if weight_dtype not in ("as given", "int8"):
-            raise ValueError(
-                f"decode_step: expected weight_dtype 'as given' or 'int8', got {weight_dtype!r}"
-            )
-        reason = native.missing()
+        reason, stored = native.missing(), weights.quantized
+        if stored not in (None, torch.int8):
+            reason = f"expected int8 weights on a CPU, got {stored}; fp8 needs CUDA"
         if reason is not None:
             raise UnavailableError(f"decode_step: native: {reason}")
         from dar_kernels import _native
@@ -130,24 +131,14 @@ class NativeDecoder:
         self.isa = isa or ""
         self.layers, self.kv_heads = len(weights.layers), weights.kv_heads
         self.head_dim, self.dim = weights.head_dim, weights.norm.shape[-1]
-        self.vocab_size = len(weights.head)
+        self.vocab_size = len(_values(weights.head))
         weights = weights.map(readable)
-        layers, head, scales = [list(layer) for layer in weights.layers], weights.head, []
-        if weight_dtype == "int8":
-            for layer in layers:
-                pairs = [quantize_weight(layer[i]) for i in (1, 2, 4, 5, 6)]
-                for i, pair in zip((1, 2, 4, 5, 6), pairs, strict=True):
-                    layer[i] = pair.values
-                scales.append([pair.scale for pair in pairs])
-            head, head_scale = quantize_weight(head)
-            scales.append([head_scale])
-        for layer in layers:
-            layer[0], layer[3] = layer[0].float(), layer[3].float()
+        scales = [_scales(*layer.products()) for layer in weights.layers] + [_scales(weights.head)]
         self._native = _native.Decoder(
-            layers,
-            scales,
+            [_tensors(layer) for layer in weights.layers],
+            scales if stored is not None else [],
             weights.norm.float(),
-            head,
+            _values(weights.head),
             weights.token_embedding,
             weights.cos.float(),
             weights.sin.float(),
@@ -247,6 +238,20 @@ class NativeDecoder:
             self.isa,
         )  # fmt: skip
         return out
+
+
+def _values(weight: Weight) -> Tensor:
+    return weight.values if isinstance(weight, QuantizedWeight) else weight
+
+
+def _tensors(layer: LayerWeights) -> list[Tensor]:
+    attention, mlp = layer.products()[:2], layer.products()[2:]
+    norms = layer.attention_norm.float(), layer.mlp_norm.float()
+    return [norms[0], *map(_values, attention), norms[1], *map(_values, mlp)]
+
+
+def _scales(*weights: Weight) -> list[Tensor]:
+    return [weight.scale for weight in weights if isinstance(weight, QuantizedWeight)]
 
 
 def _threads(threads: int | None) -> int:

@@ -13,7 +13,6 @@ from dar_kernels.decoder_weights import DecoderPages, DecoderWeights
 from dar_kernels.linear_decode import linear_decode
 from dar_kernels.linear_decode_swiglu import linear_decode_swiglu
 from dar_kernels.paged_attention import paged_attention
-from dar_kernels.pages import Pages
 from dar_kernels.qkv_rope_append import qkv_rope_append
 
 
@@ -25,16 +24,16 @@ def decode_step_by_ops(
     positions: Tensor,
     implementation: str | None = "triton",
 ) -> Tensor:
-    """Logits fp32 `[R, V]` of inputs `[R, D]`, which with the pages have the weights' dtype.
+    """Logits fp32 `[R, V]` of inputs `[R, D]`, which have the dtype of the norms.
 
-    Appends to `pages`; a row of position -1 is idle. `block_table` int32 `[R, max_pages]`,
+    Products and head may be quantised; pages have that dtype too, or are int8 or float8_e4m3fn with
+    scales. Appends to `pages`; a row of position -1 is idle. `block_table` int32 `[R, max_pages]`,
     `positions` integers `[R]`.
     """
     way, eps = implementation, weights.eps
     where = positions.to(torch.int32)
     lengths = where + 1
-    for layer, keys, values in zip(weights.layers, *pages, strict=True):
-        own = Pages(keys, values)
+    for layer, own in zip(weights.layers, pages.by_layer(), strict=True):
         qkv = linear_decode(
             x, layer.qkv, norm_weight=layer.attention_norm, eps=eps, implementation=way
         )

@@ -10,8 +10,11 @@ from dar_kernels.decoder_weights import (
     DecoderPages,
     DecoderWeights,
     LayerWeights,
+    Weight,
     new_decoder_pages,
 )
+from dar_kernels.linear_decode import plain
+from dar_kernels.pages import LARGEST_CODE, dequantise, quantise
 
 
 class Shape(NamedTuple):
@@ -61,6 +64,16 @@ def widen(weights: DecoderWeights, dtype: torch.dtype = torch.float64) -> Decode
     return weights.map(lambda t: t.to(dtype))
 
 
+def dequantized(weights: DecoderWeights) -> DecoderWeights:
+    """What quantised weights stand for, in fp64."""
+
+    def read(weight: Weight) -> Tensor:
+        return plain(weight, torch.float64)
+
+    layers = [layer.map_products(read) for layer in weights.layers]
+    return widen(weights._replace(layers=layers, head=read(weights.head)))
+
+
 def make_pages(
     weights: DecoderWeights, rows: int, dtype: torch.dtype, seed: int = 0
 ) -> tuple[DecoderPages, Tensor]:
@@ -68,14 +81,26 @@ def make_pages(
     generator = torch.Generator().manual_seed(seed)
     per_row = -(-len(weights.cos) // 32)
     pages = new_decoder_pages(weights, rows * per_row + 3, dtype)
-    for tensor in pages:
-        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    for tensor, scales in ((pages.keys, pages.key_scales), (pages.values, pages.value_scales)):
+        x = torch.randn(tensor.shape, generator=generator)
+        if scales is not None:
+            x, new = quantise(x, dtype)
+            scales.copy_(new)
+        tensor.copy_(x)
     order = torch.randperm(rows * per_row + 3, generator=generator)[: rows * per_row]
     return pages, order.view(rows, per_row).to(torch.int32)
 
 
-def clone(pages: DecoderPages, dtype: torch.dtype | None = None) -> DecoderPages:
-    return DecoderPages(*(p.to(dtype or p.dtype, copy=True) for p in pages))
+def clone(
+    pages: DecoderPages, dtype: torch.dtype | None = None, device: str | None = None
+) -> DecoderPages:
+    """A copy; in another dtype without scales."""
+    if dtype is not None and dtype not in LARGEST_CODE:
+        pages = DecoderPages(
+            dequantise(pages.keys, pages.key_scales, dtype),
+            dequantise(pages.values, pages.value_scales, dtype),
+        )
+    return DecoderPages(*(None if p is None else p.to(device, copy=True) for p in pages))
 
 
 def reference(

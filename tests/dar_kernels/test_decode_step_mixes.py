@@ -65,7 +65,7 @@ def test_a_mix_is_its_requests_one_by_one(guided, n, seed, int8, shape, codes_as
     B = len(guided)
     mix, options = make_mix(guided, n, seed, shape), make_settings(B, n, seed)
     weights, x, pages, table, positions, uncond, forced = mix
-    decoder = NativeDecoder(weights, weight_dtype="int8" if int8 else "as given")
+    decoder = NativeDecoder(weights.quantize(torch.int8) if int8 else weights)
     if codes_as_x:
         x = torch.arange(B) * 5 % shape.V
     after = clone(pages)
@@ -84,7 +84,7 @@ def test_a_mix_is_its_requests_one_by_one(guided, n, seed, int8, shape, codes_as
         )  # fmt: skip
         assert torch.equal(alone[0], together[b])
         written = table[rows].flatten().long()
-        for whole, part in zip(after, own, strict=True):
+        for whole, part in zip(after[:2], own[:2], strict=True):
             assert torch.equal(whole[:, written], part[:, written])
 
 

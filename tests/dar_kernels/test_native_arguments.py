@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from dar_kernels import native
 from dar_kernels.decode_step import NativeDecoder
-from dar_kernels.decoder_weights import DecoderPages
+from dar_kernels.decoder_weights import DecoderPages, new_decoder_pages
+from dar_kernels.dispatch import UnavailableError
 from dar_kernels.philox import code_bits, gumbel
 
 ISAS = native.isa_supported()
@@ -63,6 +64,10 @@ WRONG = {
     "pages-mixed": (
         {"pages": DecoderPages(torch.ones(PAGES), torch.ones(PAGES).bfloat16())},
         TypeError, "values float32 .*got bfloat16",
+    ),
+    "pages-int8": (
+        {"pages": new_decoder_pages(make_weights(ODD), 15, torch.int8)},
+        TypeError, r"float32 or bfloat16 for the native decoder, got torch.int8 with scales",
     ),
     "pages-shape": (
         {"pages": DecoderPages(*[torch.ones(2, 9, 2, 16, 24)] * 2)}, ValueError, "keys float32",
@@ -126,8 +131,13 @@ def test_wrong_weights_are_named():
             NativeDecoder(weights._replace(**change))
     with pytest.raises(TypeError, match="expected DecoderWeights, got dict"):
         NativeDecoder({})
-    with pytest.raises(ValueError, match="weight_dtype 'as given' or 'int8', got 'int4'"):
-        NativeDecoder(weights, weight_dtype="int4")
+    int8 = weights.quantize(torch.int8)
+    with pytest.raises(UnavailableError, match=r"expected int8 weights .*e4m3fn; fp8 needs"):
+        NativeDecoder(weights.quantize(torch.float8_e4m3fn))
+    with pytest.raises(TypeError, match=r"stored alike, got \['as given', 'torch.int8'\]"):
+        NativeDecoder(int8._replace(head=weights.head))
+    with pytest.raises(ValueError, match=r"scale float32 \[77\] .*got float32 \[5\]"):
+        NativeDecoder(int8._replace(head=int8.head._replace(scale=torch.ones(5))))
     pages, table = make_pages(weights, 1, torch.float32)
     with pytest.raises(ValueError, match=r"isa: expected one of .*baseline, got sse9"):
         NativeDecoder(weights, isa="sse9").logits(torch.ones(1, 96), pages, table, ints([0]))
@@ -242,7 +252,7 @@ def entries():
     x, positions = torch.ones(2 * B, ODD.D), torch.tensor([0, 40])
     codes = torch.empty(B, n, dtype=torch.int64)
     uncond = torch.tensor([3, 2])
-    run = (x, *pages, table, positions, *options, None, codes, uncond, 2, "")
+    run = (x, *pages[:2], table, positions, *options, None, codes, uncond, 2, "")
     rows = torch.tensor([0, 1, 2, 3])
     one = torch.ones(3)
     draws = (
@@ -252,7 +262,7 @@ def entries():
     return {
         "Decoder": (_native.Decoder, build),
         "run": (decoder.run, run),
-        "logits": (decoder.logits, (x, *pages, table, rows, torch.empty(4, ODD.V), 1, "")),
+        "logits": (decoder.logits, (x, *pages[:2], table, rows, torch.empty(4, ODD.V), 1, "")),
         "guided_sample": (_native.guided_sample, draws),
         "vq_nearest": (
             _native.vq_nearest,
