@@ -8,8 +8,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dar_fast.checkpoint.errors import CheckpointError
+from dar_fast.checkpoint.quantized_state import (
+    check_dtypes,
+    dequantize_state,
+    expected_state,
+    keep_operands,
+)
 from dar_fast.config import PriorConfig, TokenizerConfig
 from dar_fast.models import Prior, Tokenizer
+from dar_fast.quantization import Quantization
 
 Kind = Literal["prior", "tokenizer"]
 NAMED = 5  # names that an error lists
@@ -20,6 +27,7 @@ class Component(NamedTuple):
 
     kind: Kind
     config: PriorConfig | TokenizerConfig
+    quantization: Quantization | None = None  # in which a prior's products are stored
 
 
 class _Undrawn(TorchFunctionMode):
@@ -79,26 +87,30 @@ def build(
 ) -> Prior | Tokenizer:
     """The module with these tensors for parameters, not copied where nothing changes.
 
+    Quantised products become what their bytes stand for, and keep these.
+
     Args:
         where: what the errors call the source.
 
     Raises:
-        CheckpointError: naming the missing, unexpected or mis-shaped tensors.
+        CheckpointError: naming the missing, unexpected or mis-shaped tensors, or one of another
+            dtype or with values that are not finite.
     """
     try:
         module = empty(component, len(tensors))
-        expected = module.state_dict()
+        expected = expected_state(module, component.quantization)
         check_names(set(expected), set(tensors))
         check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        check_dtypes(expected, {name: tensor.dtype for name, tensor in tensors.items()})
+        operands = dequantize_state(module, tensors, component.quantization, dtype)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{where}: {name}: expected floating point, got {tensor.dtype}")
         tensors[name] = tensor.to(device=device or "cpu", dtype=dtype)
     module.load_state_dict(tensors, strict=True, assign=True)
     left = {name for name, buffer in module.named_buffers() if buffer.is_meta}
     assert not left, left  # a buffer that is not stored must be made at first use
+    keep_operands(module, operands)
     return module.eval()
 
 

@@ -1,4 +1,4 @@
-"""Official files to our folders and back; weights keep their values."""
+"""Official files to our folders and back; weights keep their values, unless to be quantised."""
 
 import json
 import os
@@ -24,6 +24,7 @@ from dar_fast.checkpoint.pipeline_folder import PIPELINE_INDEX, check_parts, sav
 from dar_fast.config import PriorConfig, TokenizerConfig
 from dar_fast.files import atomic_write
 from dar_fast.models import Prior, Tokenizer
+from dar_fast.quantization import Quantization, quantization_dtype, quantize_prior
 
 Form = Literal["ours", "official"]
 FORMS = ("ours", "official")
@@ -39,6 +40,7 @@ def convert(
     config: Config | None = None,
     image_size: int | None = None,
     dtype: torch.dtype | None = None,
+    quantize: Quantization | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[Path]:
     """Convert one model, or a prior and a tokenizer, and return the files written.
@@ -50,7 +52,9 @@ def convert(
             "official": a `.pt` or `.safetensors` file for one, a folder of two `.pt` for both.
         config: ours or official, for one official source that does not hold its own.
         image_size: R of an official tokenizer, which its own configuration does not say.
-        dtype: of the weights written; None: as stored.
+        dtype: of the weights written; None: as stored. A prior in one byte keeps its products so
+            in our folders; an official file gets what they stand for.
+        quantize: "int8" or "fp8": the prior's products, from the values as stored.
         max_shard_bytes: of one component folder's files.
 
     Raises:
@@ -60,6 +64,12 @@ def convert(
     """
     if to not in FORMS:
         raise ValueError(f"to: expected one of {list(FORMS)}, got {to!r}")
+    if quantize is not None:
+        quantization_dtype(quantize)
+        if to == "official":
+            raise ValueError(
+                f"quantize: expected to='ours', got {to!r}, which has no weights in one byte"
+            )
     paths = [source] if isinstance(source, str | os.PathLike) else list(source)
     sources = [part for path in paths for part in _parts(Path(path))]
     if not 1 <= len(sources) <= 2 or (config is not None and len(sources) > 1):
@@ -67,7 +77,11 @@ def convert(
             f"source: expected {'one model' if config is not None else 'one or two models'}, "
             f"got {len(sources)}"
         )
-    modules = [_load(path, config, image_size, dtype) for path in sources]
+    modules = [
+        _load(path, config, image_size, None if quantize is not None else dtype) for path in sources
+    ]
+    if quantize is not None:
+        _quantize(modules, quantize, dtype)
     target = Path(target)
     if len(modules) == 1:
         if to == "ours":
@@ -106,6 +120,19 @@ def _load(
     state = read_official(path)
     component = resolve(path, state, state.kind, config, image_size)
     return load_state(path, state, state.kind, component, dtype)
+
+
+def _quantize(
+    modules: list[Prior | Tokenizer], quantization: Quantization, dtype: torch.dtype | None
+) -> None:
+    """The bytes come from the weights as stored, before these are cast."""
+    priors = [module for module in modules if isinstance(module, Prior)]
+    if not priors:
+        raise ValueError("quantize: expected a prior in the source, got a tokenizer alone")
+    for prior in priors:
+        quantize_prior(prior, quantization)
+    for module in modules:
+        module.to(dtype=dtype)
 
 
 def _labels(paths: list[PathLike]) -> list[str] | None:

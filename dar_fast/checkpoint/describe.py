@@ -12,6 +12,7 @@ from dar_fast.checkpoint.folder import read_config, read_json, weight_files
 from dar_fast.checkpoint.official import load_state, resolve
 from dar_fast.checkpoint.official_state import read_official
 from dar_fast.checkpoint.pipeline_folder import PIPELINE_INDEX
+from dar_fast.checkpoint.quantized_state import check_dtypes, expected_state, scale_names
 from dar_fast.checkpoint.safetensors_file import TensorHeader, is_safetensors, read_headers
 
 
@@ -20,8 +21,9 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Keys: path, format ("torch", "safetensors", "folder", "pipeline" or None), bytes, refused (None,
     or why it cannot be read or does not fit), and of one model kind, config, parameters, tensors,
-    dtypes (parameters by dtype); of official files wrapper (where the weights were) and keys; of a
-    pipeline components and labels.
+    dtypes (parameters by dtype); of a component folder quantization (None, "int8" or "fp8", whose
+    scales are tensors but no parameters); of official files wrapper (where the weights were) and
+    keys; of a pipeline components and labels.
     """
     place = Path(path)
     found: dict[str, Any] = {"path": os.fspath(path), "format": None, "refused": None}
@@ -60,16 +62,24 @@ def _pipeline(place: Path, found: dict[str, Any]) -> None:
 
 def _folder(place: Path, found: dict[str, Any]) -> None:
     component = read_config(place)
-    found.update(kind=component.kind, config=component.config.to_dict())
+    found.update(
+        kind=component.kind,
+        quantization=component.quantization,
+        config=component.config.to_dict(),
+    )
     headers: dict[str, TensorHeader] = {}
     for path, names in weight_files(place).items():
         part = read_headers(path)
         headers.update({k: v for k, v in part.items() if names is None or k in names})
     _count(found, headers.values())
     try:
-        expected = empty(component, len(headers)).state_dict()
+        expected = expected_state(empty(component, len(headers)), component.quantization)
         check_names(set(expected), set(headers))
         check_shapes(expected, {name: header.shape for name, header in headers.items()})
+        check_dtypes(expected, {name: header.torch_dtype for name, header in headers.items()})
+        scales = {name: headers[name] for name in scale_names(expected)}
+        _count(found, (header for name, header in headers.items() if name not in scales))
+        found["tensors"] += len(scales)
     except CheckpointError as error:
         raise CheckpointError(f"{place}: {error}") from error
 

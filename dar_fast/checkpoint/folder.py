@@ -1,6 +1,7 @@
 """Our format: a folder with config.json and safetensors weights, in shards where they are large.
 
-    config.json                     "_class", "_weights" (the next file) and the configuration
+    config.json                     "_class", "_weights" (the next file) and the configuration;
+                                    of a prior in one byte "quantization": quantized_state.py
     model.safetensors               or
     model.safetensors.index.json    with model-00001-of-0000N.safetensors
 
@@ -24,10 +25,12 @@ from torch import Tensor, nn
 import dar_fast
 from dar_fast.checkpoint.assemble import Component, build
 from dar_fast.checkpoint.errors import CheckpointError
+from dar_fast.checkpoint.quantized_state import stored_state
 from dar_fast.checkpoint.safetensors_file import read_safetensors
 from dar_fast.config import PriorConfig, TokenizerConfig
 from dar_fast.files import atomic_write
 from dar_fast.models import Prior, Tokenizer
+from dar_fast.quantization import Quantization, quantization_dtype, stored_quantization
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 << 30
@@ -39,6 +42,8 @@ def save_model(
     module: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[Path]:
     """Write a Prior or a Tokenizer to `folder` and return its files; the weights keep their dtype.
+
+    A prior that `quantize_prior` or its folder made is written in one byte, as it is.
 
     Args:
         max_shard_bytes: weights above this are split into files of at most this size, or of one
@@ -66,7 +71,7 @@ def save_model(
 
 
 def _write(module: Prior | Tokenizer, folder: Path, max_shard_bytes: int) -> list[Path]:
-    tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in stored_state(module).items()}
     shards = _shards(tensors, max_shard_bytes)
     names = [WEIGHTS]
     if len(shards) > 1:
@@ -84,6 +89,8 @@ def _write(module: Prior | Tokenizer, folder: Path, max_shard_bytes: int) -> lis
         "_weights": names[-1],
         **module.config.to_dict(),
     }
+    if isinstance(module, Prior) and (quantization := stored_quantization(module)) is not None:
+        config["quantization"] = quantization
     _write_json(folder / CONFIG, config)
     names.append(CONFIG)
     for path in folder.iterdir():  # what an earlier model left
@@ -132,7 +139,8 @@ def load_model(
 
     Args:
         device: where to; None: the CPU.
-        dtype: of the floating-point weights; None: as stored.
+        dtype: of the floating-point weights; None: as stored, of products in one byte that of the
+            embeddings. The module computes with what the bytes stand for, and keeps them at hand.
 
     Raises:
         CheckpointError: where a file is missing, damaged or does not fit the model; it names which.
@@ -143,7 +151,7 @@ def load_model(
 
 
 def read_config(folder: str | os.PathLike[str]) -> Component:
-    """Class and configuration of a component folder.
+    """Class, configuration and quantisation of a component folder.
 
     Raises:
         CheckpointError: where config.json is missing, damaged or of something else.
@@ -154,7 +162,10 @@ def read_config(folder: str | os.PathLike[str]) -> Component:
     config = {key: value for key, value in values.items() if not key.startswith("_")}
     try:
         if name == "Prior":
-            return Component("prior", PriorConfig.from_dict(config))
+            quantization: Quantization | None = config.pop("quantization", None)
+            if quantization is not None:
+                quantization_dtype(quantization)
+            return Component("prior", PriorConfig.from_dict(config), quantization)
         if name == "Tokenizer":
             return Component("tokenizer", TokenizerConfig.from_dict(config))
     except (ValueError, TypeError) as error:

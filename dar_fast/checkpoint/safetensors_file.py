@@ -5,6 +5,7 @@ import math
 import os
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -32,6 +33,12 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
 class TensorHeader(NamedTuple):
     dtype: str  # as torch names it
     shape: tuple[int, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """None where torch has no such."""
+        found = getattr(torch, self.dtype, None)
+        return found if isinstance(found, torch.dtype) else None
 
     @property
     def elements(self) -> int:

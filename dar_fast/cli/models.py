@@ -116,6 +116,10 @@ def convert(
         Literal["float32", "bfloat16", "float16"] | None,
         arg(metavar="DTYPE", help_behavior_hint="(default: as stored)"),
     ] = None,
+    quantize: Annotated[
+        Literal["int8", "fp8"] | None,
+        arg(metavar="int8|fp8", help_behavior_hint="(default: as stored)"),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Convert an official checkpoint to our folder, or back; nothing in the file is executed.
@@ -126,6 +130,8 @@ def convert(
         to: The form to write.
         image_size: Of an official tokenizer, whose file does not say it.
         dtype: Of the weights written: float32, bfloat16 or float16.
+        quantize: Write the prior's matrices in one byte an element, to our folder only; an official
+            file made of such a folder holds the numbers that the bytes stand for.
         json: Print one JSON document.
     """
     if len(paths) < 2:
@@ -139,8 +145,9 @@ def convert(
         from dar_fast import checkpoint
 
         written = checkpoint.convert(
-            sources, target, form, image_size=image_size, dtype=torch_dtype(dtype)
-        )
+            sources, target, form,
+            image_size=image_size, dtype=torch_dtype(dtype), quantize=quantize,
+        )  # fmt: skip
     if json:
         files = [str(path) for path in written]
         sizes = [path.stat().st_size for path in written]
