@@ -124,17 +124,18 @@ class Roofs:
         return seconds(run, repeats, best=True)
 
 
-def about() -> dict[str, Any]:
-    """Device, versions and commit, for the head of a result."""
+def about(device: torch.device | None = None) -> dict[str, Any]:
+    """Device, versions and commit, for the head of a result; by default the GPU if there is one."""
     facts = doctor()
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else facts["cpu"]
+    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     return {
-        "device": device, "threads": torch.get_num_threads(), "versions": facts["versions"],
-        "commit": commit.stdout.strip() or None,
+        "device": torch.cuda.get_device_name(device) if on_gpu else facts["cpu"]["model"],
+        "isa": facts["cpu"]["isa"], "threads": torch.get_num_threads(),
+        "versions": facts["versions"], "commit": commit.stdout.strip() or None,
     }  # fmt: skip
 
 

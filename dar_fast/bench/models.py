@@ -50,7 +50,7 @@ def unpacked(tokenizer: Tokenizer) -> Tokenizer:
     return plain.eval()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Plain:
     """The parts of the plain path, as `draw_frames` takes them."""
 

@@ -29,13 +29,15 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: where its function is, what it
     "convert": ("models", "official checkpoints to our folders, and back"),
     "doctor": ("models", "versions, device, and which implementation every op will use"),
 }
+BENCH = "what the engine takes: latency, throughput, memory, beside the floor"
 TRAIN = "train the tokenizer or the prior (needs the extra: dar-fast[train])"
 MAX_MESSAGE = 600  # characters of an error line
 
 
 def usage() -> str:
     """The text of `dar --help`."""
-    summaries = {name: summary for name, (_, summary) in COMMANDS.items()} | {"train": TRAIN}
+    summaries = {name: summary for name, (_, summary) in COMMANDS.items()}
+    summaries |= {"bench": BENCH, "train": TRAIN}
     rows = "\n".join(f"  {name:<13}{summary}" for name, summary in summaries.items())
     return (
         "usage: dar COMMAND [options]\n\n"
@@ -55,8 +57,9 @@ def load_command(name: str) -> Callable[..., None]:
         ValueError: where there is no such command.
     """
     if name not in COMMANDS:
-        near = get_close_matches(name, [*COMMANDS, "train"], 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f" of {', '.join([*COMMANDS, 'train'])}"
+        known = [*COMMANDS, "bench", "train"]
+        near = get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f" of {', '.join(known)}"
         raise ValueError(f"expected a command, got {name!r}{hint}")
     module = importlib.import_module(f"dar_fast.cli.{COMMANDS[name][0]}")
     command: Callable[..., None] = getattr(module, name)
@@ -71,6 +74,10 @@ def run(argv: Sequence[str]) -> None:
             raise ValueError("expected a command, got none; dar sample is a good start")
     elif argv[0] in ("-V", "--version"):
         sys.stdout.write(f"dar {dar_fast.__version__}\n")
+    elif argv[0] == "bench":
+        from dar_fast.cli.bench import bench
+
+        bench(argv[1:])
     elif argv[0] == "train":
         from dar_fast.cli.train import train
 
