@@ -4,15 +4,12 @@ Source: arXiv 2505.23660, §3.
 """
 
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from dar_fast.checkpoint import CheckpointError
@@ -23,39 +20,20 @@ from dar_fast.checkpoint.pipeline_folder import (
     pick_dtype,
     save_parts,
 )
+from dar_fast.engine import Engine, EngineConfig
+from dar_fast.engine.batch import batch_frames
 from dar_fast.flow import Solver
-from dar_fast.frames import draw_frames
+from dar_fast.frames import Frame, draw_frames
 from dar_fast.images import Images, OutputType, convert_images
 from dar_fast.labels import ClassLabels, label_ids
 from dar_fast.models import Prior, Tokenizer
 from dar_fast.models.layers import pack
+from dar_fast.outputs import PipelineEvent, PipelineOutput
 from dar_fast.request import Request, Seeds, StepCallback, make_request
 from dar_fast.sampling import GuidanceScale, Temperature
+from dar_kernels.dispatch import preferred
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-
-
-@dataclass(frozen=True, slots=True)
-class PipelineOutput:
-    """What a call returns."""
-
-    images: (
-        Images | None
-    )  # by output_type: list of PIL, [B, R, R, 3] or [B, 3, R, R] in [0, 1]; "codes": None
-    codes: Tensor  # [B, N] int64; [B, G Q] after num_groups = G
-    seeds: list[int]  # one a picture; pass them again for the same pictures
-
-
-@dataclass(frozen=True, slots=True)
-class PipelineEvent:
-    """One picture after one step."""
-
-    kind: Literal["preview", "image"]
-    index: int  # which picture of the batch
-    step: int  # steps done, 1 … S
-    image: Image.Image | NDArray[np.float32] | Tensor  # by output_type; "codes": the codes so far
-    codes: Tensor  # [n] int64, this picture's codes so far; all of them with "image"
-    seed: int  # this picture's
 
 
 class DARPipeline:
@@ -65,6 +43,7 @@ class DARPipeline:
         prior: draws codes.
         tokenizer: turns them into pictures; on the same device.
         labels: one name a class in order of the ids, or name to id; None: the model has no names.
+        engine: how the engine is made that calls go through.
 
     Raises:
         TypeError, ValueError: where the parts do not fit each other.
@@ -75,6 +54,7 @@ class DARPipeline:
         prior: Prior,
         tokenizer: Tokenizer,
         labels: Sequence[str] | Mapping[str, int] | None = None,
+        engine: EngineConfig | None = None,
     ) -> None:
         if not isinstance(prior, Prior):
             raise TypeError(f"prior: expected a Prior, got {type(prior).__name__}")
@@ -87,6 +67,11 @@ class DARPipeline:
         self.labels = check_parts(prior, tokenizer, labels)
         self.prior = prior.eval()
         self.tokenizer = tokenizer.eval()
+        self.engine_config = EngineConfig() if engine is None else engine
+        self._engine: Engine | None = None
+        self._engine_key: object = None
+        self._engine_lock = threading.Lock()
+        self._compiled = False
 
     @classmethod
     def from_pretrained(
@@ -94,6 +79,7 @@ class DARPipeline:
         path: str | os.PathLike[str],
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        engine: EngineConfig | None = None,
     ) -> Self:
         """The pipeline of a folder that `save_pretrained` wrote, or "demo", the embedded model.
 
@@ -102,6 +88,7 @@ class DARPipeline:
             device: by default the GPU where there is one, else the CPU.
             dtype: of the weights; by default fp32 on the CPU, bf16 on a GPU. In bf16 on a CPU the
                 pixel DiT keeps a second copy of them, in the order that its products read.
+            engine: how the engine is made that calls go through.
 
         Raises:
             CheckpointError: where the folder is missing, incomplete or corrupt.
@@ -110,7 +97,7 @@ class DARPipeline:
         place = pick_device(device)
         parts = load_parts(path, place, pick_dtype(dtype, place))
         try:
-            pipeline = cls(parts.prior, parts.tokenizer, parts.labels)
+            pipeline = cls(parts.prior, parts.tokenizer, parts.labels, engine)
         except ValueError as error:
             raise CheckpointError(f"{os.fspath(path)}: {error}") from error
         pack(pipeline.tokenizer.pixel_dit)
@@ -135,10 +122,34 @@ class DARPipeline:
         """Of the tokenizer's weights."""
         return self.tokenizer.dtype
 
+    @property
+    def engine(self) -> Engine:
+        """The engine that calls and streams go through; made at first use, and again where the
+        weights have moved or another implementation is preferred (`dar_kernels.prefer`)."""
+        parts = (self.prior.head.weight, self.tokenizer.quantizer.codebook)
+        key = (preferred(), *((w.data_ptr(), w.dtype, w.device) for w in parts))
+        with self._engine_lock:
+            if self._engine is None or self._engine.closed or self._engine_key != key:
+                self._close_engine()
+                self._engine = Engine(self.prior, self.tokenizer, self.engine_config)
+                self._engine_key = key
+            return self._engine
+
+    def close(self) -> None:
+        """Stop the engine's threads and free its memory; the next call makes another one."""
+        with self._engine_lock:
+            self._close_engine()
+
+    def _close_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
     def to(
         self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Self:
         """Move the weights, or cast them; what is None stays."""
+        self.close()
         for module in (self.prior, self.tokenizer):
             module.to(device=device, dtype=dtype)
         pack(self.tokenizer.pixel_dit)
@@ -148,7 +159,7 @@ class DARPipeline:
         """Compile the plain models in place, whole: decode step, token decoder and pixel DiT.
 
         The first pictures wait for the compiler, and once more each for another dtype and the first
-        other batch sizes. Drawing then goes by PyTorch's step rather than by that of C++ or Triton.
+        other batch sizes. Drawing then goes by the plain path, not by the engine.
         Within `dar_kernels.prefer("torch")` no op of `dar_kernels` is opaque to the compiler.
 
         Args:
@@ -160,8 +171,11 @@ class DARPipeline:
         """
         if mode not in (None, *COMPILE_MODES):
             raise ValueError(f"mode: expected one of {list(COMPILE_MODES)} or None, got {mode!r}")
-        for module in (self.prior, self.tokenizer.token_decoder, self.tokenizer.pixel_dit):
+        dit = self.tokenizer.pixel_dit
+        dit.rotary.tables(self.device)  # made while tracing, they would be traced twice
+        for module in (self.prior, self.tokenizer.token_decoder, dit):
             module.compile(fullgraph=True, mode=mode, backend=backend)
+        self._compiled = True
         return self
 
     def get_label_ids(self, class_labels: ClassLabels) -> list[int]:
@@ -209,7 +223,8 @@ class DARPipeline:
                 [0, 1]; "codes", no picture and no solver step.
             callback_on_step_end: called as (pipeline, i, t, {"latents", "preview", "codes"}) after
                 solver step i = 0 … S - 1, evaluated at time t, with pictures `[B, 3, R, R]`; it may
-                return {"latents": …} to go on from there. What it raises ends the call.
+                return {"latents": …} to go on from there. What it raises ends the call. Such a
+                call draws batch-wise by the plain path, not by the engine.
 
         Raises:
             TypeError, ValueError: before any work, where an argument does not fit.
@@ -221,7 +236,7 @@ class DARPipeline:
             callback_on_step_end=callback_on_step_end, label_names=self.labels,
             num_classes=self.prior.config.num_classes, config=self.tokenizer.config,
         )  # fmt: skip
-        result = deque(draw_frames(self, request), maxlen=1)[0]
+        result = deque(self._frames(request, previews=False), maxlen=1)[0]
         images = result.estimate
         return PipelineOutput(
             None if images is None else convert_images(images, request.output_type),
@@ -247,9 +262,9 @@ class DARPipeline:
     ) -> Iterator[PipelineEvent]:
         """The same as it comes: after each of the S steps a preview a picture, then the pictures.
 
-        A preview is the jump estimate; it comes before the codes of later groups are drawn, and
-        costs no network evaluation. The arguments are those of a call; with output_type "codes"
-        an event's `image` is the picture's codes so far. Stop iterating to stop the work.
+        A preview is the jump estimate; it comes while later groups are drawn, and costs no network
+        evaluation. The arguments are those of a call; with output_type "codes" an event's `image`
+        is the picture's codes so far. Stop iterating to stop the work.
 
         Raises:
             TypeError, ValueError: at once, before the first event, where an argument does not fit.
@@ -263,8 +278,14 @@ class DARPipeline:
         )  # fmt: skip
         return self._events(request)
 
+    def _frames(self, request: Request, previews: bool) -> Iterator[Frame]:
+        """Through the engine; by the plain path where a callback takes part, or once compiled."""
+        if request.callback is not None or self._compiled:
+            return draw_frames(self, request)
+        return batch_frames(self.engine, request, previews)
+
     def _events(self, request: Request) -> Iterator[PipelineEvent]:
-        for frame in draw_frames(self, request):
+        for frame in self._frames(request, previews=True):
             shown: Images = frame.codes
             if frame.estimate is not None:
                 shown = convert_images(frame.estimate, request.output_type)

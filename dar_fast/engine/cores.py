@@ -39,7 +39,7 @@ class Cores:
                 self._changed.wait_for(self._share_free)
             finally:
                 self._wanted = False
-            free = self.total - self._diffusion
+            free = max(1, self.total - self._diffusion)  # one core is for both
             self._tokens = free if alone else min(free, self.tokens_share)
             self._changed.notify_all()
         try:

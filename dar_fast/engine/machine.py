@@ -13,7 +13,7 @@ from dar_fast.engine.cores import Cores
 from dar_fast.engine.diffusion import Diffusion
 from dar_fast.engine.lanes import DiffusionLane, Lane, TokenLane
 from dar_fast.engine.pages import PagePool, request_pages
-from dar_fast.engine.runners import token_runner
+from dar_fast.engine.runners import launcher, token_runner
 from dar_fast.engine.scheduler import Scheduler
 from dar_fast.engine.scoring import scorers
 from dar_fast.engine.slots import SlotState
@@ -62,9 +62,11 @@ class Machine:
         if kind == "cpu":
             cores = Cores(config.threads or torch.get_num_threads())
         turn = contextlib.nullcontext() if config.overlap else threading.Lock()
-        conditions = Conditions(tokenizer, self.state, config.deterministic)
-        diffusion = Diffusion(tokenizer, self.state, config.deterministic)
-        self.runner = token_runner(prior, self.state, pages, config)
+        largest = 1 if config.deterministic else batch
+        work = launcher(self.state, largest, config)
+        conditions = Conditions(tokenizer, self.state, config.deterministic, work)
+        diffusion = Diffusion(tokenizer, self.state, config.deterministic, work)
+        self.implementation, self.runner = token_runner(prior, self.state, pages, config)
         self.lanes: tuple[Lane, ...] = (
             TokenLane(self.board, self.streams, turn, self.runner, self.state.codes, cores),
             DiffusionLane(self.board, self.streams, turn, conditions, diffusion, batch, cores),
@@ -89,7 +91,8 @@ class Machine:
             name: sum(p.numel() * p.element_size() for p in part.parameters())
             for name, part in (("prior", self.prior), ("tokenizer", self.tokenizer))
         }
-        return weights | {"slots": sum(self.state.bytes.values()), "pages": self.runner.page_bytes}
+        pages = sum(p.numel() * p.element_size() for p in self.runner.pages if p is not None)
+        return weights | {"slots": sum(self.state.bytes.values()), "pages": pages}
 
     def close(self, drain: bool = False) -> None:
         """Stop; a second time, or from two threads at once, waits for the first."""

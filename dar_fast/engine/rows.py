@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from dar_fast.flow import Solver
+from dar_kernels.decoder_weights import DecoderPages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +40,7 @@ class StepRow:
 class TokenRunner(Protocol):
     """Draws one group for every row; a row's codes depend on that row alone."""
 
-    @property
-    def page_bytes(self) -> int:
-        """Of its keys and values."""
+    pages: DecoderPages
 
     def run(self, rows: Sequence[TokenRow]) -> Tensor:
         """Codes int64 `[B, Q]`, which are also in the slots' codes, at the rows' positions."""

@@ -66,6 +66,11 @@ def prefer(implementation: str) -> Iterator[None]:
         _PREFERRED.reset(token)
 
 
+def preferred() -> str | None:
+    """The implementation that `prefer` names here, if any."""
+    return _PREFERRED.get()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Implementation(Generic[P, R_co]):
     """One way to compute an op.
@@ -133,9 +138,9 @@ class Op(Generic[P, R_co]):
             ValueError: where no implementation has that name.
             UnavailableError: where the named one cannot run on this device and dtype, or none can.
         """
-        if implementation is None and (preferred := _PREFERRED.get()) is not None:
+        if implementation is None and (wanted := preferred()) is not None:
             for candidate in self.implementations:
-                named = candidate.name == preferred
+                named = candidate.name == wanted
                 if named and candidate.why_not(device, dtype, named, grad) is None:
                     return candidate
         reasons: dict[str, str] = {}

@@ -1,7 +1,9 @@
 """The front door against its parts: calls, streams, early stops, prefixes, seeds, callbacks."""
 
+import threading
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,7 +14,6 @@ from torch import Tensor
 from dar_fast import DARPipeline
 from dar_fast.flow import SOLVERS
 from dar_fast.images import to_pil, to_unit
-from dar_fast.models.decoding import Decoding, NativeDecoding, PlainDecoding
 
 Q, K, N, S = 4, 4, 16, 4  # of the tiny pipeline
 LABELS, SEEDS = [2, 0, 5], [11, 7, 2**63 - 1]
@@ -23,25 +24,36 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, atol=TOLERANCE, rtol=0)
 
 
-def count_calls(module: torch.nn.Module) -> tuple[list[int], Any]:
-    calls: list[int] = []
-    hook = module.register_forward_hook(lambda m, args, out: calls.append(len(args[0])))
-    return calls, hook
+class Work(NamedTuple):
+    groups: int  # drawn, of all pictures
+    steps: int  # taken, of all pictures
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many codes were asked of the prior, at each call."""
-    counts: list[int] = []
-    for kind in (PlainDecoding, NativeDecoding):
-        take = kind.take
+@contextmanager
+def counted(pipe: DARPipeline) -> Iterator[list[Work]]:
+    """Holds, at the end, what the engine did within."""
+    before, done = pipe.engine.stats(), []
+    yield done
+    after = pipe.engine.stats()
+    done.append(Work(after.groups - before.groups, after.steps - before.steps))
 
-        def watched(self: Decoding, count: int, take: Any = take) -> torch.Tensor:
-            counts.append(count)
-            return take(self, count)
 
-        monkeypatch.setattr(kind, "take", watched)
-    return counts
+class Gate:
+    """Lets the engine draw a group only when it is told to."""
+
+    def __init__(self, pipe: DARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._open = threading.Semaphore(0)
+        runner = pipe.engine._machine.runner
+        run = runner.run
+
+        def wait(rows: Any) -> Tensor:
+            assert self._open.acquire(timeout=60)
+            return run(rows)
+
+        monkeypatch.setattr(runner, "run", wait)
+
+    def let(self, groups: int) -> None:
+        self._open.release(groups)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -50,12 +62,12 @@ def test_a_call_is_generate_then_decode(
     tiny_pipeline: DARPipeline, steps: int | None, solver: Any
 ) -> None:
     settings = {"guidance_scale": (1.1, 5.0), "temperature": 0.9, "top_k": 40, "top_p": 0.95}
-    calls, hook = count_calls(tiny_pipeline.tokenizer.pixel_dit)
-    out = tiny_pipeline(
-        LABELS, seeds=SEEDS, num_inference_steps=steps, solver=solver, output_type="pt", **settings
-    )
-    hook.remove()
-    assert calls == [3] * (steps or S)
+    with counted(tiny_pipeline) as work:
+        out = tiny_pipeline(
+            LABELS, seeds=SEEDS, num_inference_steps=steps, solver=solver, output_type="pt",
+            **settings,
+        )  # fmt: skip
+    assert work == [(3 * K, 3 * (steps or S))]
     codes = tiny_pipeline.prior.generate(torch.tensor(LABELS), seeds=SEEDS, **settings)
     assert torch.equal(out.codes, codes)
     whole = tiny_pipeline.tokenizer.decode(codes, seeds=SEEDS, num_steps=steps, solver=solver)
@@ -68,10 +80,9 @@ def test_a_call_is_generate_then_decode(
 def test_a_stream_is_a_call_in_order(tiny_pipeline: DARPipeline, steps: int) -> None:
     settings: dict[str, Any] = {"seeds": SEEDS, "num_inference_steps": steps, "output_type": "pt"}
     out = tiny_pipeline(LABELS, **settings)
-    calls, hook = count_calls(tiny_pipeline.tokenizer.pixel_dit)
-    events = list(tiny_pipeline.stream(LABELS, **settings))
-    hook.remove()
-    assert len(calls) == steps
+    with counted(tiny_pipeline) as work:
+        events = list(tiny_pipeline.stream(LABELS, **settings))
+    assert work == [(3 * K, 3 * steps)]
     expected = [("preview", step, i) for step in range(1, steps + 1) for i in range(3)]
     expected += [("image", steps, i) for i in range(3)]
     assert [(e.kind, e.step, e.index) for e in events] == expected
@@ -92,33 +103,30 @@ def test_a_stream_is_a_call_in_order(tiny_pipeline: DARPipeline, steps: int) -> 
 def test_previews_come_before_later_codes(
     fresh_pipeline: DARPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[int] = []
-    generation = fresh_pipeline.prior.generation
-
-    def watched(*args: Any, **kwargs: Any) -> Iterator[Tensor]:
-        for chunk in generation(*args, **kwargs):
-            drawn.append(chunk.shape[1])
-            yield chunk
-
-    monkeypatch.setattr(fresh_pipeline.prior, "generation", watched)
-    evaluations, hook = count_calls(fresh_pipeline.tokenizer.pixel_dit)
+    gate = Gate(fresh_pipeline, monkeypatch)
+    before = fresh_pipeline.engine.stats()
     stream = fresh_pipeline.stream([1], seeds=0)
-    assert (drawn, evaluations) == ([], [])
+    assert fresh_pipeline.engine.stats() == before
     for step in range(1, S + 1):
+        gate.let(1)  # were a later group needed, the event would never come
         event = next(stream)
-        assert (event.kind, event.step) == ("preview", step)
-        assert (sum(drawn), len(evaluations)) == (step * Q, step)
+        assert (event.kind, event.step, len(event.codes)) == ("preview", step, step * Q)
     assert next(stream).kind == "image"
-    hook.remove()
 
 
-def test_a_stopped_stream_does_no_more_work(tiny_pipeline: DARPipeline, drawn: list[int]) -> None:
-    dit, dit_hook = count_calls(tiny_pipeline.tokenizer.pixel_dit)
-    stream = tiny_pipeline.stream([1], seeds=0)
+def test_a_stopped_stream_does_no_more_work(
+    fresh_pipeline: DARPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, gate = fresh_pipeline.engine, Gate(fresh_pipeline, monkeypatch)
+    stream = fresh_pipeline.stream([1], seeds=0)
+    gate.let(1)
     next(stream)
     stream.close()  # type: ignore[attr-defined]
-    dit_hook.remove()
-    assert (sum(drawn), len(dit)) == (Q, 1)
+    gate.let(K)
+    engine.close(drain=True)
+    done = engine.stats()
+    assert (done.steps, done.cancelled, done.finished) == (1, 1, 0)
+    assert done.groups <= 2  # one may have been under way
 
 
 @pytest.mark.parametrize(
@@ -126,16 +134,14 @@ def test_a_stopped_stream_does_no_more_work(tiny_pipeline: DARPipeline, drawn: l
     [(4, 1, 1), (4, 3, 3), (8, 1, 1), (8, 2, 3), (8, 3, 5), (2, 1, 1), (2, 3, 2), (1, 2, 1)],
 )
 def test_an_early_stop_is_the_jump_estimate(
-    tiny_pipeline: DARPipeline, drawn: list[int], steps: int, groups: int, stop: int
+    tiny_pipeline: DARPipeline, steps: int, groups: int, stop: int
 ) -> None:
     settings: dict[str, Any] = {"seeds": SEEDS, "num_inference_steps": steps, "output_type": "pt"}
     whole = tiny_pipeline(LABELS, **settings)
-    drawn.clear()
-    dit, dit_hook = count_calls(tiny_pipeline.tokenizer.pixel_dit)
-    out = tiny_pipeline(LABELS, num_groups=groups, **settings)
-    dit_hook.remove()
+    with counted(tiny_pipeline) as work:
+        out = tiny_pipeline(LABELS, num_groups=groups, **settings)
     assert torch.equal(out.codes, whole.codes[:, : groups * Q])
-    assert (sum(drawn), len(dit)) == (groups * Q, stop)
+    assert work == [(3 * groups, 3 * stop)]
     # what comes behind the groups must not matter
     padded = torch.cat((out.codes, torch.zeros(3, N - groups * Q, dtype=torch.int64)), 1)
     estimate = tiny_pipeline.tokenizer.decode(
@@ -242,11 +248,10 @@ def test_output_types(tiny_pipeline: DARPipeline) -> None:
 
 
 def test_codes_take_no_network_evaluation(tiny_pipeline: DARPipeline) -> None:
-    dit, hook = count_calls(tiny_pipeline.tokenizer.pixel_dit)
-    out = tiny_pipeline([0, 4], seeds=2, output_type="codes")
-    events = list(tiny_pipeline.stream([0, 4], seeds=2, output_type="codes"))
-    hook.remove()
-    assert dit == []
+    with counted(tiny_pipeline) as work:
+        out = tiny_pipeline([0, 4], seeds=2, output_type="codes")
+        events = list(tiny_pipeline.stream([0, 4], seeds=2, output_type="codes"))
+    assert work == [(2 * 2 * K, 0)]
     assert out.images is None
     assert torch.equal(out.codes, tiny_pipeline([0, 4], seeds=2).codes)
     assert [len(e.image) for e in events] == [4, 4, 8, 8, 12, 12, 16, 16, 16, 16]
@@ -269,9 +274,9 @@ def test_callback(tiny_pipeline: DARPipeline) -> None:
     out = tiny_pipeline([0, 1], seeds=0, output_type="pt", callback_on_step_end=look)
     times = tiny_pipeline.tokenizer.trajectory(torch.zeros(2, 3, 16, 16)).times
     assert seen == list(enumerate(times[:-1]))
-    assert torch.equal(out.images, tiny_pipeline([0, 1], seeds=0, output_type="pt").images)
+    close(out.images, tiny_pipeline([0, 1], seeds=0, output_type="pt").images)
     events = list(tiny_pipeline.stream([0, 1], seeds=0, output_type="pt"))
-    assert torch.equal(to_unit(previews[2])[1], events[5].image)
+    close(to_unit(previews[2])[1], events[5].image)
     data_std = tiny_pipeline.tokenizer.config.dit.data_std
     assert torch.equal(to_unit(latents[-1] / data_std), out.images)
     assert not torch.equal(latents[0], latents[1])  # not one state that goes on changing
@@ -299,16 +304,16 @@ def test_callback_errors_propagate(tiny_pipeline: DARPipeline) -> None:
     class EnoughError(Exception):
         pass
 
-    dit, hook = count_calls(tiny_pipeline.tokenizer.pixel_dit)
+    seen: list[int] = []
 
     def stop(pipe: DARPipeline, step: int, t: float, values: dict[str, Any]) -> None:
+        seen.append(step)
         if step == 1:
             raise EnoughError
 
     with pytest.raises(EnoughError):
         tiny_pipeline([0], seeds=0, callback_on_step_end=stop)
-    hook.remove()
-    assert len(dit) == 2
+    assert seen == [0, 1]
 
 
 def test_evaluation_mode(fresh_pipeline: DARPipeline) -> None:

@@ -26,7 +26,7 @@ def idle_pipeline(tiny_pipeline: DARPipeline) -> DARPipeline:
         raise AssertionError("work was started")
 
     pipe = DARPipeline(Prior(tiny_pipeline.prior.config), tiny_pipeline.tokenizer, list("abcdef"))
-    pipe.prior.generation = work  # type: ignore[method-assign]
+    pipe._frames = work  # type: ignore[method-assign]
     return pipe
 
 
