@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     from dar_fast.models.prior import Prior
     from dar_fast.models.prior_block import PriorBlock
 
-LEAST = torch.finfo(torch.float32).tiny
+MOST_K, LEAST_P = 2**31 - 1, 1e-37  # that int32 and fp32 hold, as `guided_sample` takes them
+
+
+def filter_settings(top_k: int, top_p: float) -> tuple[int, float]:
+    """Settings of `Sampling` as draws take them: a vast top_k keeps all, a tiny top_p one code."""
+    return min(top_k, MOST_K), max(top_p, LEAST_P)
 
 
 def decoder_weights(prior: "Prior") -> DecoderWeights:
@@ -85,11 +90,12 @@ class Decoding:
     def _draw(self, logits: Tensor, position: int) -> Tensor:
         """Codes `[B]` of one position from the logits `[R, V]` of all rows."""
         cond, uncond = logits.chunk(2) if self.guided else (logits, None)
+        top_k, top_p = filter_settings(self.sampling.top_k, self.sampling.top_p)
         return guided_sample(
             cond, uncond, self.seeds, torch.full_like(self.seeds, position),
             guidance_scale=float(self.scales[position]),
             temperature=float(self.temperatures[position]),
-            top_k=self.sampling.top_k, top_p=self.sampling.top_p,
+            top_k=top_k, top_p=top_p,
         )  # fmt: skip
 
     def _start(self, classes: Tensor) -> None:
@@ -207,14 +213,14 @@ class NativeDecoding(Decoding):
         """The next `count` codes, which have one temperature."""
         B, sampling, first = len(self.seeds), self.sampling, self.position
         given = self.prefix[:, first : first + count]
+        top_k, top_p = filter_settings(sampling.top_k, sampling.top_p)
         forced = torch.nn.functional.pad(given, (0, count - given.shape[1]), value=-1)
         codes = self.decoder.run(
             self.inputs, self.pages, self.block_table,
             torch.full((B,), first), steps=count, seeds=self.seeds,
             guidance=self.scales[first : first + count].expand(B, -1).contiguous(),
             temperature=self.temperatures[first].expand(B).contiguous(),
-            top_k=torch.full((B,), min(sampling.top_k, 2**31 - 1), dtype=torch.int32),
-            top_p=torch.full((B,), max(sampling.top_p, LEAST)),  # fp32 must not round it to 0
+            top_k=torch.full((B,), top_k, dtype=torch.int32), top_p=torch.full((B,), top_p),
             uncond=self.uncond, forced=forced.contiguous() if given.shape[1] else None,
         )  # fmt: skip
         self.position += count
