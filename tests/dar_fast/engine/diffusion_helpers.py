@@ -1,5 +1,6 @@
 """What the tests of the engine's diffusion half share."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -8,9 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dar_fast.config import PixelDiTConfig, TokenizerConfig
 from dar_fast.engine.conditions import Conditions
 from dar_fast.engine.diffusion import Diffusion
+from dar_fast.engine.graphs import TapeCapture
+from dar_fast.engine.launcher import GraphLauncher
 from dar_fast.engine.rows import StepRow
 from dar_fast.engine.slots import SlotState
 from dar_fast.models import Tokenizer
+from dar_kernels import prefer
 
 
 class NoHostReads(TorchDispatchMode):
@@ -28,28 +32,14 @@ class NoHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Replays:
-    """A stand-in for captured graphs: batches of powers of two, one set of inputs a key.
-
-    The first call of a key keeps its work; later ones copy their inputs over the first ones' and
-    run that.
-    """
-
-    def __init__(self):
-        self.graphs = {}
-
-    def size(self, rows):
-        return 1 << (rows - 1).bit_length()
-
-    def __call__(self, key, work, inputs):
-        if key not in self.graphs:
-            self.graphs[key] = work, [tensor.clone() for tensor in inputs]
-        work, static = self.graphs[key]
-        for tensor, new in zip(static, inputs, strict=True):
-            assert tensor.shape == new.shape and tensor.dtype == new.dtype, key
-            tensor.copy_(new)
-        with NoHostReads():
-            assert work(*static) is None
+@contextmanager
+def launchers(graphs, rows, slots):
+    """None, or one of graphs on tape, which hold no C++ of ours: then the ops are PyTorch's."""
+    if not graphs:
+        yield None
+        return
+    with prefer("torch"):
+        yield GraphLauncher(TapeCapture(), rows, slots)
 
 
 ONE_CODE_A_GROUP = TokenizerConfig(

@@ -5,8 +5,8 @@ import torch
 from diffusion_helpers import (
     ONE_CODE_A_GROUP,
     NoHostReads,
-    Replays,
     extend_all,
+    launchers,
     random_codes,
     random_tokenizer,
 )
@@ -27,10 +27,17 @@ def close(actual, expected):
 @given(data=st.data())
 def test_requests_at_different_groups(tiny_pipeline, data):
     tokenizer = tiny_pipeline.tokenizer
-    config = tokenizer.config
-    launcher = data.draw(st.sampled_from([None, Replays()]))
     slots = SlotState(tokenizer, SLOTS)
-    conditions = Conditions(tokenizer, slots, data.draw(st.booleans()), launcher)
+    with launchers(data.draw(st.booleans()), SLOTS, SLOTS) as launcher:
+        conditions = Conditions(tokenizer, slots, data.draw(st.booleans()), launcher)
+        codes = extend_at_random(conditions, data)
+    with torch.no_grad():
+        close(slots.conditions[:SLOTS], tokenizer.conditions(codes))
+
+
+def extend_at_random(conditions, data):
+    """All groups of random codes, in batches of whoever is at one group."""
+    slots, config = conditions.slots, conditions.slots.config
     slots.codes[:SLOTS] = codes = random_codes(config, SLOTS, data.draw(st.integers(0, 99)))
     while any(done < config.num_groups for done in slots.extended):
         group = data.draw(st.sampled_from([g for g in slots.extended if g < config.num_groups]))
@@ -41,8 +48,7 @@ def test_requests_at_different_groups(tiny_pipeline, data):
         conditions.extend(group, chosen)
         assert torch.equal(slots.conditions[others], before[0])
         assert torch.equal(slots.cache.keys[:, others], before[1])
-    with torch.no_grad():
-        close(slots.conditions[:SLOTS], tokenizer.conditions(codes))
+    return codes
 
 
 def test_the_embedded_sizes():

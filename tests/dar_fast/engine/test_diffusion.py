@@ -8,8 +8,8 @@ import torch
 from diffusion_helpers import (
     ONE_CODE_A_GROUP,
     NoHostReads,
-    Replays,
     decoded,
+    launchers,
     random_codes,
     random_tokenizer,
     ready,
@@ -82,8 +82,14 @@ def test_a_mix_of_requests(tiny_pipeline, data):
     B = data.draw(st.integers(1, 5), label="requests")
     codes = random_codes(tokenizer.config, B, data.draw(st.integers(0, 99)))
     deterministic = data.draw(st.booleans(), label="deterministic")
-    launcher = data.draw(st.sampled_from([None, Replays()]))
-    diffusion = ready(tokenizer, codes, B + 1, deterministic=deterministic, launcher=launcher)
+    with launchers(data.draw(st.booleans(), label="graphs"), B, B + 1) as launcher:
+        diffusion = ready(tokenizer, codes, B + 1, deterministic=deterministic, launcher=launcher)
+        step_at_random(diffusion, codes, data)
+
+
+def step_at_random(diffusion, codes, data):
+    """Requests that start, step and stop as drawn, each then held to its own decoding."""
+    tokenizer, B = diffusion.tokenizer, len(codes)
     diffusion.slots.x[B].fill_(math.nan)  # of nobody
     diffusion.slots.previous.fill_(math.nan)  # what a slot's last request left
     S = data.draw(st.lists(st.sampled_from(STEPS), min_size=B, max_size=B), label="S")
@@ -195,12 +201,14 @@ def test_nothing_can_be_read_on_the_host():
 def test_graphs_by_batch_pad_with_a_row_of_nobody(tiny_pipeline):
     tokenizer = tiny_pipeline.tokenizer
     codes, seeds = random_codes(tokenizer.config, 3), [1, 2, 3]
-    launcher = Replays()
-    diffusion = ready(tokenizer, codes, launcher=launcher)
-    images, _ = decoded(diffusion, seeds, 4)
+    with launchers(True, 4, 4) as launcher:
+        diffusion = ready(tokenizer, codes, 4, launcher=launcher)
+        images, _ = decoded(diffusion, seeds, 4)
     close(images, tokenizer.decode(codes, seeds=seeds))
-    groups = [("extend", group, 4) for group in range(4)]
-    assert set(launcher.graphs) == {*groups, ("conditions", 4), ("step", 4)}
+    graphs = {(graph.name, graph.bucket) for graph in launcher.report()}
+    groups = {(f"extend {group}", 4) for group in range(4)}
+    assert graphs == {*groups, ("conditions", 4), ("step", 4)}
+    assert not diffusion.slots.x[3].any() and diffusion.slots.x[4].any()  # 4: nobody's
 
 
 def test_what_does_not_fit(tiny_pipeline):
