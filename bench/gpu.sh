@@ -1,18 +1,25 @@
 #!/usr/bin/env bash
-# Everything worth doing on a GPU, in one call of under ten minutes: bench/gpu.sh FOLDER
-# FOLDER gets the machine's report, the tests' output, every bench's JSON and a profile.
+# Everything worth doing on a GPU, in one call of under ten minutes: bench/gpu.sh FOLDER [STEP…]
+# FOLDER gets the machine's report, the tests' output, every bench's JSON and a profile. With names
+# of steps only those are done; a step has at most its own limit and what is left of the call.
 # Wheels for packages that the machine lacks may lie in .wheels/ (no index is asked).
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$(realpath -m "${1:?usage: bench/gpu.sh FOLDER}")
+out=$(realpath -m "${1:?usage: bench/gpu.sh FOLDER [STEP…]}")
+shift
+wanted=" $* "
 python=${PYTHON:-python3}
+total=${SECONDS_IN_ALL:-580}
 mkdir -p "$out"
 failed=0
 
 step() { # step NAME SECONDS COMMAND…: run it, keep what it prints, go on where it fails
-    local name=$1 limit=$2
+    local name=$1 limit=$2 left=$((total - SECONDS))
     shift 2
+    [ "$wanted" = "  " ] || [[ $wanted == *" $name "* ]] || return
     echo "== $name"
+    [ "$limit" -le "$left" ] || limit=$left
+    [ "$limit" -ge 10 ] || { echo "$name: left out, no time is left"; failed=1; return; }
     timeout "$limit" "$@" > "$out/$name.txt" 2>&1
     local status=$?
     tail -n 25 "$out/$name.txt"
@@ -27,10 +34,21 @@ fi
     || { echo "not installed: running from the source folders"
          export PYTHONPATH="$PWD:$PWD/kernels:$PWD/train"; }
 
+bench=("$python" -m dar_fast.cli bench)
+large=(--tokenizer v1 --random-weights --quick --json)
 step doctor 30 "$python" -m dar_fast.cli doctor --json
-step tests 200 "$python" -m pytest -q -m "not slow" tests/dar_fast/test_golden_cuda.py \
-    tests/dar_fast/test_golden_tokenizer.py tests/dar_fast/test_golden_prior.py tests/dar_kernels
-step kernels 200 "$python" bench/gpu_kernels.py --seconds 150 --out "$out/kernels.json"
-step sampling 120 "$python" bench/sampling.py --out "$out/sampling.json"
+step tests 150 "$python" -m pytest -q -m "not slow" tests/dar_fast/test_golden_cuda.py \
+    tests/dar_fast/engine tests/dar_fast/test_golden_tokenizer.py \
+    tests/dar_fast/test_golden_prior.py tests/dar_kernels
+step latency 90 "${bench[@]}" latency --prior L "${large[@]}" --quantised int8 fp8 \
+    --out "$out/latency.json"
+step latency_xl 90 "${bench[@]}" latency --prior XL "${large[@]}" --quantised int8 fp8 \
+    --out "$out/latency_xl.json"
+step throughput 90 "${bench[@]}" throughput --prior L "${large[@]}" --requests 128 \
+    --batch-sizes 16 64 --arrivals 40 --out "$out/throughput.json"
+step memory 40 "${bench[@]}" memory --prior L "${large[@]}" --budget-gb 80 \
+    --out "$out/memory.json"
+step kernels 120 "$python" bench/gpu_kernels.py --seconds 90 --out "$out/kernels.json"
+step sampling 60 "$python" bench/sampling.py --quick --out "$out/sampling.json"
 step operators 40 "$python" bench/operators.py --out "$out/operators.json"
 exit $failed
