@@ -223,20 +223,20 @@ class PageMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("group_size", [4, 8, 32])
-def test_ten_thousand_operations_against_a_naive_model(group_size: int) -> None:
+def test_thousands_of_operations_against_a_naive_model(group_size: int) -> None:
     kind: Any = type(f"PageMachine{group_size}", (PageMachine,), {"group_size": group_size})
     before = PageMachine.operations
-    run_state_machine_as_test(kind, settings=settings(max_examples=100, stateful_step_count=100))
-    assert PageMachine.operations - before >= 10_000
+    run_state_machine_as_test(kind, settings=settings(max_examples=50, stateful_step_count=100))
+    assert PageMachine.operations - before >= 5_000  # 15,000 in all
 
 
 def test_a_row_takes_pages_as_it_grows_and_gives_them_back() -> None:
     pool = PagePool(8)
     row = pool.row(limit=100)
     assert (pool.free, pool.used, pool.promised, pool.available) == (8, 0, 4, 4)
-    assert row.reserve(31) == [] and row.pages == (0,)
+    assert row.reserve(31) == [] and list(row.pages) == [0]
     row.advance(31)
-    assert row.reserve(33) == [] and row.pages == (0, 1)
+    assert row.reserve(33) == [] and list(row.pages) == [0, 1]
     row.advance(32)
     assert (pool.free, pool.promised, row.length) == (6, 2, 32)
     row.release()
