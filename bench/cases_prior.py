@@ -2,6 +2,7 @@
 M = batch·TOKENS rows in training.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import dar_kernels as ops
 from dar_kernels.aot import DecoderShape
+from dar_kernels.decode_step import NativeDecoder
 from dar_kernels.decode_step_ops import decode_step_by_ops
 from dar_kernels.decoder_weights import DecoderPages, DecoderWeights, LayerWeights
 from dar_kernels.linear_cross_entropy import linear_cross_entropy
@@ -158,8 +160,15 @@ def decode_step(s: DecoderShape, B: int, make: Make) -> Case:
     x, at = make(R, D), make.integers(1, R) + TOKENS - 1
     numbers = sum(w.numel() for w in (*layer.products(), head))
     cached = 2 * R * TOKENS * s.kv_heads * s.head_dim
+    native = functools.cache(lambda: NativeDecoder(weights))  # it has no ops to be a sequence of
+
+    def run(implementation: str) -> Tensor:
+        if implementation == "native":
+            return native().logits(x.float(), pages, table, at)
+        return decode_step_by_ops(weights, x, pages, table, at, implementation)
+
     return Case(
         shape=f"[{R}, {D}], one layer and the head", bytes=(numbers + cached) * HALF,
         flops=2 * R * numbers,
-        run=lambda i: decode_step_by_ops(weights, x, pages, table, at, i),
+        run=run,
     )  # fmt: skip
