@@ -19,7 +19,8 @@ from dar_fast.models import Prior, Tokenizer
 class AsyncHandle:
     """A submitted request: iterate over its events, or await its result; in one event loop.
 
-    A task that is cancelled while it waits here leaves the request running: `cancel` ends it.
+    It fails where that loop closes before it is done. A task that is cancelled while it waits here
+    leaves the request running: `cancel` ends it.
     """
 
     def __init__(self) -> None:
@@ -30,8 +31,7 @@ class AsyncHandle:
 
     def _listen(self, event: Event) -> None:
         """Called by the engine's thread."""
-        if not self._loop.is_closed():  # a loop that ended has nobody who waits
-            self._loop.call_soon_threadsafe(self._arrive, event)
+        self._loop.call_soon_threadsafe(self._arrive, event)  # raises where the loop is closed
 
     def _arrive(self, event: Event) -> None:
         self._events.put_nowait(event)

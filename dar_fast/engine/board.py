@@ -21,8 +21,8 @@ from dar_fast.engine.errors import (
     RequestCancelledError,
     RequestFailedError,
 )
-from dar_fast.engine.events import GroupDrawn, Preview
-from dar_fast.engine.request import BestOf, Candidates, Scorer
+from dar_fast.engine.outbox import Outbox
+from dar_fast.engine.request import Scorer
 from dar_fast.engine.scheduler import Scheduler
 from dar_fast.engine.stats import Counts, Stats
 from dar_fast.engine.streams import Mark, Shipment
@@ -30,14 +30,22 @@ from dar_fast.engine.tasks import Job, Task
 
 
 class Board:
-    """See the module; lanes hold `changed` only while they pick or bring, never while they work."""
+    """See the module; lanes hold `changed` only while they pick or bring, never while they work.
 
-    def __init__(self, scheduler: Scheduler, scorers: dict[str, Scorer]) -> None:
-        self.scheduler, self.scorers = scheduler, scorers
+    Args:
+        scheduler: of the engine.
+        scorers: built-in ones, by name.
+        lanes: threads that take tasks, and leave when `take` gives none.
+    """
+
+    def __init__(self, scheduler: Scheduler, scorers: dict[str, Scorer], lanes: int = 2) -> None:
+        self.scheduler = scheduler
         self.changed = threading.Condition()
         self.counts = Counts()
         self.delivery = Delivery(self.fail)
+        self.outbox = Outbox(self.delivery, scheduler, scorers, self.changed)
         self.closing = False
+        self._lanes = lanes
 
     # -- users ---------------------------------------------------------------------------------
 
@@ -59,7 +67,7 @@ class Board:
             self.counts.add(submitted=1)
             self.scheduler.submit(job, parent)
             if parent is not None:
-                self._ripen(parent)
+                self.outbox.ripen(parent)
             self.changed.notify_all()
 
     def cancel(self, job: Job) -> None:
@@ -98,6 +106,25 @@ class Board:
                 for job in self._jobs():
                     self.cancel(job)
             self.changed.notify_all()
+
+    def crash(self, error: BaseException) -> None:
+        """Fail all jobs and take no more: a lane is gone."""
+        with self.changed:
+            self.closing = True
+            cause = EngineError(f"engine: a lane stopped: {type(error).__name__}: {error}")
+            cause.__cause__ = error
+            for job in self._jobs():
+                self.fail(job, cause)
+                for task in job.tasks:
+                    task.drawing = task.stepping = False
+            self.changed.notify_all()
+
+    def lane_left(self) -> None:
+        """A lane's thread ends; after the last one nothing is left to deliver."""
+        with self.changed:
+            self._lanes -= 1
+            if not self._lanes:
+                self.delivery.close()
 
     def _jobs(self) -> list[Job]:
         waiting = [*self.scheduler.queued, *self.scheduler.deferred]
@@ -156,7 +183,7 @@ class Board:
             for group in range(task.drawn):  # of a fork, taken over with its parent's pages
                 first = group * self.scheduler.group_size
                 codes = torch.tensor(task.plan.prefix[first : first + self.scheduler.group_size])
-                self._ship_group(task, group, Shipment([codes[None]], Mark()), 0)
+                self.outbox.group(task, group, Shipment([codes[None]], Mark()), 0)
         return self.scheduler.to_draw()
 
     @property
@@ -177,7 +204,7 @@ class Board:
                 task.drawing = False
                 if task.ended:
                     continue
-                self._ship_group(task, task.drawn, codes, i)
+                self.outbox.group(task, task.drawn, codes, i)
                 self.scheduler.drew(task)
                 if task.complete and not task.plan.steps:
                     self._finish(task, None)
@@ -196,8 +223,7 @@ class Board:
                     task.estimate = previews[i]
                 if shipment is not None and (task.job.undecided or task.job.request.previews):
                     decisive = task.job.undecided and not task.can_step_later
-                    item = partial(self._deliver_preview, task, task.stepped, shipment, i, decisive)
-                    self.delivery.put(task.job, item)
+                    self.outbox.preview(task, task.stepped, shipment, i, decisive)
             self.counts.add(steps=len(tasks), step_batches=1)
             self.changed.notify_all()
 
@@ -219,79 +245,7 @@ class Board:
     def _finish(self, task: Task, picture: Shipment | None) -> None:
         task.ended = True
         self.counts.add(finished=1)
-        self.delivery.put(task.job, partial(self._deliver_result, task, picture))
-
-    # -- delivery ------------------------------------------------------------------------------
-
-    def _ship_group(self, task: Task, group: int, codes: Shipment, row: int) -> None:
-        self.delivery.put(task.job, partial(self._deliver_group, task, group, codes, row))
-
-    def _deliver_group(self, task: Task, group: int, codes: Shipment, row: int) -> None:
-        drawn = codes.unpack()[0][row].clone()
-        job = task.job
-        with self.changed:
-            task.codes.append(drawn)
-            self._ripen(job)
-        if job.request.previews and job.request.output == "codes":
-            job.tell(GroupDrawn(group=group, codes=drawn))
-
-    def _ripen(self, job: Job) -> None:
-        """Queue the forks whose codes are known."""
-        if job.undecided:
-            return
-        task, Q = job.tasks[0], self.scheduler.group_size
-        for fork in list(job.forks):
-            if fork.fork_group > len(task.codes):
-                continue
-            job.forks.remove(fork)
-            given = torch.cat(task.codes)[: fork.fork_group * Q].tolist()
-            noise = fork.request.noise_seed
-            for child in fork.tasks:
-                child.parent = task
-                child.plan = replace(
-                    child.plan, prefix=tuple(given),
-                    noise_seed=task.plan.noise_seed if noise is None else noise,
-                )  # fmt: skip
-            self.scheduler.ripe(fork)
-        self.changed.notify_all()
-
-    def _deliver_preview(
-        self, task: Task, step: int, shipment: Shipment, row: int, decisive: bool
-    ) -> None:
-        image = shipment.unpack()[0][row].clone()
-        codes = torch.cat(task.codes[: task.plan.reads[step - 1]])
-        event = Preview(step=step, image=image, codes=codes)
-        job = task.job
-        if not job.undecided:
-            if job.tasks[0] is task:
-                job.tell(event)
-            return
-        if decisive:
-            job.previews[task.index] = event
-            if len(job.previews) == len(job.tasks):
-                self._decide(job)
-
-    def _decide(self, job: Job) -> None:
-        """Score the candidates; all but the winner end."""
-        best = job.request.best_of or BestOf(count=1, groups=1)
-        scorer = self.scorers[best.scorer] if isinstance(best.scorer, str) else best.scorer
-        n = len(job.tasks)
-        codes = torch.stack([torch.cat(task.codes[: best.groups]) for task in job.tasks])
-        pictures = torch.stack([job.previews[i].image for i in range(n)])
-        given = scorer(Candidates(pictures, codes, job.request.label))
-        scores = tuple(float(score) for score in given)
-        if len(scores) != n or any(score != score for score in scores):
-            raise ValueError(f"best_of.scorer: expected {n} numbers, got {scores}")
-        with self.changed:
-            if job.ended:
-                return
-            winner = job.choose(scores)
-            self._ripen(job)
-        job.announce(winner)
-
-    def _deliver_result(self, task: Task, picture: Shipment | None) -> None:
-        image = None if picture is None else picture.unpack()[0].clone()
-        task.job.finish(task, image)
+        self.outbox.result(task, picture)
 
 
 __all__ = ["Board"]

@@ -25,18 +25,16 @@ class Delivery:
         self._fail = fail
         self._items: queue.SimpleQueue[tuple[Job | None, Callable[[], None]] | None]
         self._items = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._main, name="dar delivery", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._main, name="dar delivery", daemon=True)
+        self.thread.start()
 
     def put(self, job: Job | None, item: Callable[[], None]) -> None:
         """Run `item` after all that was put before; where it raises, `job` fails."""
         self._items.put((job, item))
 
     def close(self) -> None:
-        """Deliver what was put, and stop."""
+        """Deliver what was put, then stop."""
         self._items.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
 
     def _main(self) -> None:
         while (entry := self._items.get()) is not None:

@@ -10,7 +10,7 @@ Source: arXiv 2505.23660, §3.2.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -25,6 +25,10 @@ from dar_kernels import flow_step
 
 TABLE_STEPS = 64  # time embeddings made together: of all steps, for any S up to this
 TABLES = 64  # kept; the last used ones: 75 MB of tokenizer v1 in bf16 if all are full
+
+
+def _nothing() -> None:
+    """Between blocks, unless there is something to do."""
 
 
 @lru_cache(maxsize=TABLES)
@@ -53,6 +57,7 @@ class Diffusion:
         slots: its state.
         deterministic: see above.
         launcher: runs the work on the device.
+        between_blocks: called before each block of an evaluation, in the thread that runs it.
     """
 
     def __init__(
@@ -61,9 +66,11 @@ class Diffusion:
         slots: SlotState,
         deterministic: bool = False,
         launcher: Launcher | None = None,
+        between_blocks: Callable[[], None] | None = None,
     ) -> None:
         self.tokenizer, self.slots, self.deterministic = tokenizer, slots, deterministic
         self.launcher = Direct() if launcher is None else launcher
+        self._between_blocks = between_blocks or _nothing
         self._tables: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
 
     @torch.no_grad()
@@ -221,6 +228,12 @@ class Diffusion:
             slots.group_keys[i].index_copy_(0, slot_ids, block.keys)
             slots.group_values[i].index_copy_(0, slot_ids, block.values_out)
 
+    def _conditions(self, slot_ids: Tensor) -> Iterator[BlockCondition]:
+        """What each block reads, made when the block comes."""
+        for keys, values in zip(self.slots.group_keys, self.slots.group_values, strict=True):
+            self._between_blocks()
+            yield BlockCondition(keys.index_select(0, slot_ids), values.index_select(0, slot_ids))
+
     @torch.no_grad()
     def evaluate(
         self, slot_ids: Tensor, times: Tensor, t: Tensor, next_t: Tensor, first: Tensor
@@ -234,12 +247,8 @@ class Diffusion:
             first: bool `[B]`: rows that take an Euler step.
         """
         slots, dit = self.slots, self.tokenizer.pixel_dit
-        conditions = (
-            BlockCondition(keys.index_select(0, slot_ids), values.index_select(0, slot_ids))
-            for keys, values in zip(slots.group_keys, slots.group_values, strict=True)
-        )  # a block's at a time
         x = slots.x.index_select(0, slot_ids)
-        tokens = dit.velocity(x.to(self.tokenizer.dtype), times, conditions).tokens
+        tokens = dit.velocity(x.to(self.tokenizer.dtype), times, self._conditions(slot_ids)).tokens
         previous = slots.previous.index_select(0, slot_ids)
         preview = flow_step(
             x, tokens, previous, t, next_t, slots.config.dit.data_std, "adams2", dit.patch_size,

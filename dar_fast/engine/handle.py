@@ -1,7 +1,7 @@
 """A submitted request, in the hands of who submitted it."""
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from dar_fast.engine.events import Event, Failed, Finished, Result
@@ -19,8 +19,8 @@ class Handle:
         self.number = number  # of the request, in order of submission
         self._cancel = cancel
         self._listener = listener
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._ended = threading.Event()
+        self._changed = threading.Condition()
+        self._events: deque[Event] = deque()
         self._end: Finished | Failed | None = None
 
     def cancel(self) -> None:
@@ -30,17 +30,17 @@ class Handle:
     @property
     def done(self) -> bool:
         """Whether the request has ended, well or not."""
-        return self._ended.is_set()
+        return self._end is not None
 
     def __iter__(self) -> Iterator[Event]:
         """Events that no other iteration has taken; the last one is Finished or Failed."""
         while True:
-            if self.done and self._events.empty():
-                return
-            event = self._events.get()
+            with self._changed:
+                self._changed.wait_for(lambda: self._events or self._end)
+                if not self._events:
+                    return
+                event = self._events.popleft()
             yield event
-            if isinstance(event, Finished | Failed):
-                return
 
     def result(self, timeout: float | None = None) -> Result:
         """The result, once there is one.
@@ -49,24 +49,23 @@ class Handle:
             TimeoutError: where it takes longer than `timeout` seconds; the request goes on.
             RequestFailedError, RequestCancelledError, DeadlineError: where there will be none.
         """
-        if not self._ended.wait(timeout):
+        with self._changed:
+            self._changed.wait_for(lambda: self._end, timeout)
+        if self._end is None:
             raise TimeoutError(f"request {self.number}: not done after {timeout} s")
-        if isinstance(self._end, Finished):
-            return self._end.result
         if isinstance(self._end, Failed):
             raise self._end.error
-        raise RuntimeError(f"request {self.number}: ended without an end")
+        return self._end.result
 
     def _tell(self, event: Event) -> None:
         """Pass an event on, and to the listener; what that raises goes to the engine."""
-        if self.done:
-            return
-        end = isinstance(event, Finished | Failed)
-        if isinstance(event, Finished | Failed):
-            self._end = event
-        self._events.put(event)
-        if end:
-            self._ended.set()
+        with self._changed:
+            if self._end is not None:
+                return
+            if isinstance(event, Finished | Failed):
+                self._end = event
+            self._events.append(event)
+            self._changed.notify_all()
         if self._listener is not None:
             self._listener(event)
 

@@ -64,8 +64,17 @@ class Lane:
         """Run a batch and bring what it gives."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def _main(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:
+            log.exception("dar_fast.engine: the %s lane stopped", self.name)
+            self.board.crash(error)
+        finally:
+            self.board.lane_left()
+
+    @torch.no_grad()
+    def _loop(self) -> None:
         with self.streams.on(self.stream):
             while tasks := self.board.take(self.pick):
                 with self.turn:

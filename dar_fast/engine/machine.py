@@ -58,21 +58,20 @@ class Machine:
         self.streams = Streams(device)
         scheduler = Scheduler(PagePool(pages), slots, config.max_queue, tokenizer.config.group_size)
         self.board = Board(scheduler, scorers(prior))
-        cores = None
-        if kind == "cpu":
-            cores = Cores(config.threads or torch.get_num_threads())
+        cores = Cores(config.threads or torch.get_num_threads()) if kind == "cpu" else None
         turn = contextlib.nullcontext() if config.overlap else threading.Lock()
         largest = 1 if config.deterministic else batch
         work = launcher(self.state, largest, config)
         conditions = Conditions(tokenizer, self.state, config.deterministic, work)
-        diffusion = Diffusion(tokenizer, self.state, config.deterministic, work)
+        diffusion = Diffusion(
+            tokenizer, self.state, config.deterministic, work, cores.adjust if cores else None
+        )
         self.implementation, self.runner = token_runner(prior, self.state, pages, config)
         self.lanes: tuple[Lane, ...] = (
             TokenLane(self.board, self.streams, turn, self.runner, self.state.codes, cores),
             DiffusionLane(self.board, self.streams, turn, conditions, diffusion, batch, cores),
         )
-        self._closing = threading.Lock()
-        self._closed = False
+        self.threads = [lane.thread for lane in self.lanes] + [self.board.delivery.thread]
         for lane in self.lanes:
             lane.thread.start()
 
@@ -81,6 +80,7 @@ class Machine:
         tokens, diffusion = self.lanes
         return replace(
             self.board.stats(),
+            decode_step=self.implementation,
             tokens_seconds=tokens.seconds,
             diffusion_seconds=diffusion.seconds,
         )
@@ -95,15 +95,11 @@ class Machine:
         return weights | {"slots": sum(self.state.bytes.values()), "pages": pages}
 
     def close(self, drain: bool = False) -> None:
-        """Stop; a second time, or from two threads at once, waits for the first."""
+        """Stop, and wait until the threads are gone; one of them, a listener's, does not wait."""
         self.board.close(drain)
-        with self._closing:
-            if self._closed:
-                return
-            for lane in self.lanes:
-                lane.thread.join()
-            self.board.delivery.close()
-            self._closed = True
+        if threading.current_thread() not in self.threads:
+            for thread in self.threads:
+                thread.join()
 
 
 __all__ = ["Machine"]
