@@ -69,8 +69,10 @@ def quantize_prior(prior: Prior, quantization: Quantization) -> None:
         return
     if prior.training:
         raise ValueError("prior: expected evaluation mode, got training mode")
-    for product in products(prior).values():
-        product.set_quantized(quantize_weight(product.weight, dtype))
+    parts = products(prior).values()
+    operands = [quantize_weight(product.weight, dtype) for product in parts]
+    for product, operand in zip(parts, operands, strict=True):  # all are finite: none is left out
+        product.set_quantized(operand)
 
 
 def _checked_kept(prior: Prior, name: str, quantization: Quantization) -> bool:
