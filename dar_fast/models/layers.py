@@ -33,8 +33,13 @@ class Linear(nn.Linear):
 
     @property
     def operand(self) -> Tensor | PackedWeight:
-        """The weight as the ops take it: packed where it is and no gradients are asked for."""
-        return self.weight if self.packed is None or torch.is_grad_enabled() else self.packed
+        """The weight as the ops take it: packed where it is and no gradients are asked for.
+
+        A compiler that traces takes the weight itself: oneDNN's order is opaque to it.
+        """
+        if torch.is_grad_enabled() or self.packed is None or torch.compiler.is_compiling():
+            return self.weight
+        return self.packed
 
     def forward(self, x: Tensor, activation: Activation = "none") -> Tensor:
         return linear(x, self.operand, self.bias, activation)
@@ -219,5 +224,21 @@ class GatedBlock(nn.Module):
                 cache[:, :, past:].index_copy_(0, rows, new)
                 seen.append(cache.index_select(0, rows))
         mask = torch.ones(n, end, dtype=torch.bool, device=x.device).tril(past)
-        x = x + self.gate1 * self.attention.attend(normed, seen[0], seen[1], mask=mask)
+        return self._attended(x, normed, seen[0], seen[1], mask)
+
+    def extend_at(self, x: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        """The same at `positions` `[n]` int64, with no shape that depends on them: one graph.
+
+        All N positions of `keys` and `values` `[B, H, N, Dh]` are read under a mask: finite ones.
+        """
+        normed = self._norm(self.norm1, x)
+        for cache, new in zip((keys, values), self.attention.keys_values(normed), strict=True):
+            cache.index_copy_(2, positions, new)
+        mask = torch.arange(keys.shape[2], device=x.device) <= positions[:, None]
+        return self._attended(x, normed, keys, values, mask)
+
+    def _attended(
+        self, x: Tensor, normed: Tensor, keys: Tensor, values: Tensor, mask: Tensor
+    ) -> Tensor:
+        x = x + self.gate1 * self.attention.attend(normed, keys, values, mask=mask)
         return x + self.gate2 * self.mlp(self._norm(self.norm2, x))

@@ -83,6 +83,7 @@ class Prior(nn.Module):
 
         A copy of the module is not compiled.
         """
+        self.rotary.tables(self.device)  # made while tracing, they would be traced twice
         super().compile(*args, **options)
         self.compiled_step = torch.compile(Prior.step, *args, **options)
 

@@ -5,6 +5,7 @@
 
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from dar_fast.config import TokenizerConfig
@@ -31,10 +32,22 @@ class TokenDecoder(nn.Module):
             for _ in range(config.decoder_depth)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.position_embedding.weight[: x.shape[1]]
-        for layer in self.layers:
-            x = layer(x, causal=True)
+    def forward(
+        self, x: Tensor, cache: TokenCache | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Conditions `[B, n, D]` of embedded codes: of all, or of those at `positions` `[n]` int64.
+
+        These go behind the others in `cache`, as `extend` has it, by a graph of one shape.
+        """
+        table = self.position_embedding.weight
+        if cache is None or positions is None:
+            x = x + table[: x.shape[1]]
+            for layer in self.layers:
+                x = layer(x, causal=True)
+        else:
+            x = x + table[positions]
+            for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+                x = cast(GatedBlock, layer).extend_at(x, keys, values, positions)
         return layer_norm(x, eps=NORM_EPS)
 
     def cache(self, batch: int) -> TokenCache:
@@ -42,14 +55,18 @@ class TokenDecoder(nn.Module):
         layer = cast(GatedBlock, self.layers[0]).attention
         D, Dh = layer.k.in_features, layer.head_dim
         shape = len(self.layers), batch, D // Dh, self.num_tokens, Dh
-        return TokenCache(layer.k.weight.new_empty(shape), layer.v.weight.new_empty(shape))
+        return TokenCache(layer.k.weight.new_zeros(shape), layer.v.weight.new_zeros(shape))
 
     def extend(self, x: Tensor, cache: TokenCache, past: int, rows: Tensor | None = None) -> Tensor:
         """Conditions `[B, n, D]` of the n embedded codes `x` behind `past` others in `cache`.
 
         `rows`: int64 `[B]`, each picture's row of the cache; None: the first B, in order.
         """
-        x = x + self.position_embedding.weight[past : past + x.shape[1]]
+        end = past + x.shape[1]
+        if self._compiled_call_impl is not None and rows is None and len(x) == cache.keys.shape[1]:
+            conditions: Tensor = self(x, cache, torch.arange(past, end, device=x.device))
+            return conditions
+        x = x + self.position_embedding.weight[past:end]
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             x = cast(GatedBlock, layer).extend(x, keys, values, past, rows)
         return layer_norm(x, eps=NORM_EPS)

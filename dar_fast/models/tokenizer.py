@@ -152,6 +152,7 @@ class Tokenizer(nn.Module):
         """One denoising step; `conditions` `[B, n, D]` holds at least the group that it reads."""
         start = self.group_start(run.step, len(run.times) - 1)
         group = conditions[:, start : start + self.config.group_size]
+        group = group.clone(memory_format=torch.contiguous_format)  # a compiled DiT guards strides
         t = torch.full((len(run.x),), run.time, device=run.x.device)
         run.advance(self.pixel_dit(run.x.to(self.dtype), t, group.to(self.dtype)).tokens)
 

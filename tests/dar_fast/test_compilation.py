@@ -1,9 +1,14 @@
-"""The models trace whole: no op breaks the graph, with gradients and without."""
+"""The models trace whole, with gradients and without; a compiled pipeline draws the same."""
 
 import copy
+import pickle
 
 import pytest
 import torch
+
+from dar_fast import DARPipeline
+from dar_fast.models.decoding import CompiledDecoding, PlainDecoding, start_decoding
+from dar_fast.sampling import Sampling
 
 INPUTS = {
     "pixel_dit": lambda: (
@@ -35,3 +40,102 @@ def test_the_whole_graph_equals_eager(tiny_pipeline, part, grad):
             output.square().sum().backward()
             gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+
+
+LABELS, SEEDS = [2, 0, 5], [11, 7, 2**63 - 1]
+
+
+def graphs() -> int:
+    """How many were made since the counters were cleared."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture
+def compiled(fresh_pipeline):
+    """The pipeline, traced but not compiled, which is enough for shapes and numbers."""
+    torch._dynamo.utils.counters.clear()
+    return fresh_pipeline.compile(backend="eager")
+
+
+def copy_of(pipe):
+    return DARPipeline(copy.deepcopy(pipe.prior), copy.deepcopy(pipe.tokenizer), list(pipe.labels))
+
+
+def check_alike(compiled, plain, **settings):
+    arguments = {"seeds": SEEDS[: len(settings.get("labels", LABELS))], "output_type": "pt"}
+    labels = settings.pop("labels", LABELS)
+    actual, expected = (pipe(labels, **arguments, **settings) for pipe in (compiled, plain))
+    assert torch.equal(actual.codes, expected.codes)
+    torch.testing.assert_close(actual.images, expected.images, rtol=0, atol=1e-5)
+
+
+def test_a_compiled_pipeline_draws_the_same_by_few_graphs(compiled, tiny_pipeline):
+    check_alike(compiled, tiny_pipeline, guidance_scale=(1.5, 4.0), temperature=0.8)
+    assert graphs() == 3  # a decode step, a group of the token decoder, a step of the pixel DiT
+    check_alike(compiled, tiny_pipeline, guidance_scale=1.0)
+    assert graphs() == 4  # one row a request: from here on, any number of rows
+    for settings in (
+        {"prefix_codes": torch.arange(6)},
+        {"temperature": 0, "num_inference_steps": 7, "solver": "euler"},
+        {"guidance_scale": 2.0, "num_groups": 2},
+    ):
+        check_alike(compiled, tiny_pipeline, **settings)
+        assert graphs() == 4, settings
+
+
+def test_other_batches_compile_a_bounded_number_of_times(compiled, tiny_pipeline):
+    for labels in ([1], [1, 2], [1, 2, 3], [2], [2, 3]):
+        for scale in (1.0, 3.0):
+            compiled(labels, seeds=0, guidance_scale=scale, num_groups=2, output_type="pt")
+    assert graphs() <= 9  # of each of three parts: one picture or row, the first number, any
+    check_alike(compiled, tiny_pipeline, labels=[4])
+
+
+def test_one_prior_draws_by_its_compiled_step_unless_another_is_named(compiled, tiny_pipeline):
+    labels, sampling = torch.tensor(LABELS), Sampling(guidance_scale=2.0)
+    for name, kind in {None: CompiledDecoding, "torch": CompiledDecoding}.items():
+        run = start_decoding(compiled.prior, labels, sampling, labels, labels.new_empty(3, 0), name)
+        assert type(run) is kind
+    codes = torch.cat(list(compiled.prior.generation(labels, sampling, SEEDS)), 1)
+    expected = tiny_pipeline.prior.generation(labels, sampling, SEEDS, implementation="torch")
+    assert torch.equal(codes, torch.cat(list(expected), 1))
+    plain = start_decoding(
+        tiny_pipeline.prior, labels, sampling, labels, labels.new_empty(3, 0), "torch"
+    )
+    assert type(plain) is PlainDecoding
+
+
+def test_compiled_models_are_saved_moved_packed_and_copied(compiled, tiny_pipeline, tmp_path):
+    for part in ("prior", "tokenizer"):
+        model, plain = getattr(compiled, part), getattr(tiny_pipeline, part)
+        assert model.state_dict().keys() == plain.state_dict().keys()
+        assert [m for m, _ in model.named_modules()] == [m for m, _ in plain.named_modules()]
+    compiled([1], seeds=0)
+    compiled.save_pretrained(tmp_path / "model")
+    check_alike(DARPipeline.from_pretrained(tmp_path / "model"), tiny_pipeline, labels=[1])
+    copied = copy_of(compiled)
+    assert copied.prior.compiled_step is None and compiled.prior.compiled_step is not None
+    assert pickle.loads(pickle.dumps(compiled.prior)).compiled_step is None
+    before = graphs()
+    check_alike(copied, tiny_pipeline, labels=[1])
+    assert graphs() == before
+    half = copy_of(tiny_pipeline).to(dtype=torch.bfloat16)
+    actual, expected = (
+        pipe([1], seeds=0, prefix_codes=torch.arange(16), output_type="pt").images
+        for pipe in (compiled.to(dtype=torch.bfloat16), half)
+    )
+    assert (actual - expected).norm() <= 0.1 * expected.norm()
+    half.to(dtype=torch.float32)
+    check_alike(compiled.to(dtype=torch.float32), half, labels=[1])
+
+
+def test_unknown_modes_are_named(fresh_pipeline):
+    with pytest.raises(ValueError, match=r"mode: expected one of .*, got 'fast'"):
+        fresh_pipeline.compile("fast")
+
+
+@pytest.mark.slow
+def test_the_compiler_draws_the_same(fresh_pipeline, tiny_pipeline):
+    check_alike(fresh_pipeline.compile(), tiny_pipeline)
+    images = fresh_pipeline.to(dtype=torch.bfloat16)(LABELS, seeds=SEEDS, output_type="pt").images
+    assert images.isfinite().all()
