@@ -34,7 +34,7 @@ def drawn(prior: Prior, mix: Sequence[Ask], shuffle: int = 0, **more: object) ->
     return play(runner, codes, PAGES, mix, shuffle)
 
 
-@settings(max_examples=20)  # the plain path is slow
+@settings(max_examples=15)  # the plain path is slow
 @given(mix=mixes)
 def test_a_mix_draws_what_each_request_draws_on_the_plain_path(
     prior: Prior, mix: list[Ask]

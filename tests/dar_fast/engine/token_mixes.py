@@ -1,5 +1,6 @@
 """Requests that join and leave a token runner at group boundaries, and what each draws alone."""
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,7 @@ asks = st.builds(
 mixes = st.lists(asks, min_size=1, max_size=5)
 
 
+@functools.cache
 def alone(prior: Prior, ask: Ask) -> Tensor:
     """The codes of the plain path, `[G Q]`."""
     prefix = torch.tensor([ask.prefix], dtype=torch.int64)
