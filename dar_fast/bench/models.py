@@ -3,13 +3,23 @@
 A random one is made in its dtype on its device: prior L and tokenizer v1 in bf16 take 1.3 GB.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from dar_fast.checkpoint.pipeline_folder import check_parts, load_parts, pick_device, pick_dtype
-from dar_fast.config import PRIORS, TOKENIZERS
+from dar_fast.checkpoint import CheckpointError
+from dar_fast.checkpoint.folder import read_config
+from dar_fast.checkpoint.pipeline_folder import (
+    DEMO,
+    check_parts,
+    load_parts,
+    pick_device,
+    pick_dtype,
+)
+from dar_fast.config import PRIORS, TOKENIZERS, PriorConfig, TokenizerConfig
 from dar_fast.models import Prior, Tokenizer
 from dar_fast.models.layers import pack
 
@@ -88,53 +98,107 @@ class Subject:
         return [i * 7 % classes for i in range(count)]
 
 
-def _subject(name: str, prior: Prior, tokenizer: Tokenizer) -> Subject:
+def make_subject(name: str, prior: Prior, tokenizer: Tokenizer) -> Subject:
+    """A model to time: its pixel DiT packed where that pays, and a plain copy that is not.
+
+    Raises:
+        ValueError: where the two do not fit.
+    """
     check_parts(prior, tokenizer, None)
     plain = Plain(prior=prior.eval(), tokenizer=unpacked(tokenizer))
     pack(tokenizer.eval().pixel_dit)
     return Subject(name=name, prior=prior, tokenizer=tokenizer, plain=plain)
 
 
-def _preset(option: str, name: str, presets: object) -> None:
-    if not isinstance(presets, dict) or name not in presets:
-        known = ", ".join(presets) if isinstance(presets, dict) else ""
-        raise ValueError(f"{option}: expected one of {known}, got {name!r}")
+def _preset(option: str, name: str, presets: Collection[str]) -> None:
+    if name not in presets:
+        raise ValueError(f"{option}: expected one of {', '.join(presets)}, got {name!r}")
 
 
-def random_subject(
-    prior: str, tokenizer: str, device: str | None = None, dtype: torch.dtype | None = None
-) -> Subject:
-    """Presets by name under random weights, bf16 by default.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """Which model: a stored one by name, or presets under random weights; made in any process.
 
-    Raises:
-        ValueError: where a name is no preset, the two do not fit, or the device is none.
+    Args:
+        model: "demo" or a folder, where the presets are None.
+        prior, tokenizer: names of presets.
+        device: None: the GPU where there is one.
+        dtype: None: bf16 of presets, what `from_pretrained` picks of a stored one.
     """
-    _preset("prior", prior, PRIORS)
-    _preset("tokenizer", tokenizer, TOKENIZERS)
-    place = pick_device(device)
-    number = pick_dtype(dtype or torch.bfloat16, place)
-    return _subject(
-        f"prior {prior}, tokenizer {tokenizer}, random weights",
-        random_model(Prior, PRIORS[prior], number, place),
-        random_model(Tokenizer, TOKENIZERS[tokenizer], number, place),
-    )
 
+    model: str = "demo"
+    prior: str | None = None
+    tokenizer: str | None = None
+    device: str | None = None
+    dtype: torch.dtype | None = None
 
-def stored_subject(
-    model: str, device: str | None = None, dtype: torch.dtype | None = None
-) -> Subject:
-    """The embedded model, "demo", or a folder's; the dtype as `from_pretrained` picks it.
+    @property
+    def presets(self) -> tuple[str, str] | None:
+        """Prior and tokenizer, where the weights are random."""
+        if self.prior is None or self.tokenizer is None:
+            return None
+        return self.prior, self.tokenizer
 
-    Raises:
-        CheckpointError: where the folder cannot be read.
-        TypeError, ValueError: where device or dtype is none.
-    """
-    place = pick_device(device)
-    parts = load_parts(model, place, pick_dtype(dtype, place))
-    return _subject(model, parts.prior, parts.tokenizer)
+    @property
+    def place(self) -> torch.device:
+        """Where it runs."""
+        return pick_device(self.device)
+
+    @property
+    def number(self) -> torch.dtype:
+        """Of its weights."""
+        return pick_dtype(self.dtype or (torch.bfloat16 if self.presets else None), self.place)
+
+    @property
+    def name(self) -> str:
+        if self.presets is None:
+            return self.model
+        return f"prior {self.prior}, tokenizer {self.tokenizer}, random weights"
+
+    def configs(self) -> tuple[PriorConfig, TokenizerConfig]:
+        """Sizes, without the weights.
+
+        Raises:
+            ValueError: where a name is no preset, or the two do not fit.
+            CheckpointError: where the folder cannot be read.
+        """
+        prior, tokenizer = self.presets or (DEMO, DEMO)
+        if self.presets is None and self.model != DEMO:
+            folder = Path(self.model)
+            configs = tuple(read_config(folder / part).config for part in ("prior", "tokenizer"))
+        else:
+            _preset("prior", prior, PRIORS)
+            _preset("tokenizer", tokenizer, TOKENIZERS)
+            configs = PRIORS[prior], TOKENIZERS[tokenizer]
+        if not isinstance(configs[0], PriorConfig) or not isinstance(configs[1], TokenizerConfig):
+            raise CheckpointError(f"{self.model}: expected a prior and a tokenizer, got others")
+        drawn = configs[0].num_tokens, configs[0].vocab_size
+        read = configs[1].num_tokens, configs[1].codebook_size
+        if drawn != read:  # before gigabytes of weights are made for two that do not fit
+            raise ValueError(
+                f"prior: expected the tokenizer's {read[0]} tokens of {read[1]} codes, "
+                f"got {drawn[0]} of {drawn[1]}"
+            )
+        return configs[0], configs[1]
+
+    def load(self) -> Subject:
+        """The model itself.
+
+        Raises:
+            ValueError: where a name is no preset, the two do not fit, or the device is none.
+            CheckpointError: where the folder cannot be read.
+        """
+        if self.presets is None:
+            parts = load_parts(self.model, self.place, self.number)
+            return make_subject(self.name, parts.prior, parts.tokenizer)
+        prior, tokenizer = self.configs()
+        return make_subject(
+            self.name,
+            random_model(Prior, prior, self.number, self.place),
+            random_model(Tokenizer, tokenizer, self.number, self.place),
+        )
 
 
 __all__ = [
-    "DTYPES", "Plain", "Subject", "random_model", "random_subject", "randomise", "stored_subject",
-    "unpacked",
+    "DTYPES", "Plain", "Spec", "Subject", "make_subject", "random_model", "randomise", "unpacked",
 ]  # fmt: skip

@@ -63,8 +63,9 @@ def plot_throughput(document: dict[str, Any]) -> Any:
         ("one batch", "plain_batch_seconds", ":"),
     ):
         axes.axhline(n / document[key], color="grey", linestyle=style, label=f"plain, {name}")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    batches = sorted({row["batch"] for row in document["rows"]})
+    _powers(axes, batches)
+    axes.set_ylim(bottom=0)
     axes.set(xlabel="requests at once", ylabel="pictures a second", title=_title(document))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -72,23 +73,30 @@ def plot_throughput(document: dict[str, Any]) -> Any:
 
 
 def plot_memory(document: dict[str, Any]) -> Any:
-    """Planned and measured GB over the batch size, and the budget."""
-    rows = document["rows"]
+    """Planned GB over the batch size, dashed, measured ones as dots, and the budget."""
     figure, axes = _figure(7, 4.2)
-    batches = [row["batch"] for row in rows]
-    axes.plot(batches, [row["planned_bytes"] / 1e9 for row in rows], "--", color=ROOF, label="plan")
-    measured = [row for row in rows if row.get("measured_bytes") is not None]
-    axes.plot(
-        [row["batch"] for row in measured],
-        [row["measured_bytes"] / 1e9 for row in measured],
-        "o", color=OURS, label="measured peak",
-    )  # fmt: skip
-    axes.axhline(document["budget_bytes"] / 1e9, color="grey", label="budget")
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="requests at once", ylabel="GB", title=document["model"])
+    for kind in document["largest_batch"]:
+        rows = [row for row in document["rows"] if row["weights"] == kind]
+        planned = [row["planned_bytes"] / 1e9 for row in rows]
+        (line,) = axes.plot([row["batch"] for row in rows], planned, "--", label=f"plan, {kind}")
+        ran = [row for row in rows if row["measured_bytes"] is not None]
+        measured = [row["measured_bytes"] / 1e9 for row in ran]
+        axes.plot(
+            [row["batch"] for row in ran], measured, "o", color=line.get_color(),
+            label=f"measured, {kind}",
+        )  # fmt: skip
+    axes.axhline(document["budget_bytes"] / 1e9, color=ROOF, label="budget")
+    _powers(axes, sorted({row["batch"] for row in document["rows"]}))
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="requests at once", ylabel="GB", title=_title(document))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
+
+
+def _powers(axes: Any, batches: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batches, [str(batch) for batch in batches])
 
 
 def _title(document: dict[str, Any]) -> str:

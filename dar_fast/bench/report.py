@@ -89,4 +89,27 @@ def _spread(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f} s" for name, value in values.items()) or "none"
 
 
-__all__ = ["Document", "latency_lines", "throughput_lines"]
+def memory_lines(document: Document) -> list[str]:
+    """The largest batches, then planned and measured bytes a batch size."""
+    lines = [
+        f"memory: {document['model']}, guided, planned for {document['planned_for']}, "
+        f"{document['device']}, commit {document['commit']}"
+    ]
+    budget = document["budget_bytes"] / 1e9
+    for kind, batch in document["largest_batch"].items():
+        lines.append(f"largest batch in {budget:.1f} GB | {kind} | {batch} requests at once")
+    for row in document["rows"]:
+        found = row.get("why_not", "not run")
+        if row["measured_bytes"] is not None:
+            loaded, planned = (row[f"{k}_loaded_bytes"] / 1e9 for k in ("measured", "planned"))
+            found = (
+                f"measured {row['measured_bytes'] / 1e9:7.3f} GB, "
+                f"{100 * row['measured_bytes'] / row['planned_bytes']:.0f} % of the plan; "
+                f"the model alone {loaded:.3f} of {planned:.3f} GB"
+            )
+        plan = f"plan {row['planned_bytes'] / 1e9:7.3f} GB"
+        lines.append(f"batch {row['batch']:3} | {row['weights']} | {plan} | {found}")
+    return lines
+
+
+__all__ = ["Document", "latency_lines", "memory_lines", "throughput_lines"]

@@ -17,7 +17,7 @@ from dar_fast.cli.report import notice, say, working
 from dar_fast.cli.save import check_output, save_bytes
 
 if TYPE_CHECKING:
-    from dar_fast.bench.models import Subject
+    from dar_fast.bench.models import Spec, Subject
 
 Json = Annotated[bool, arg(help_behavior_hint="")]
 Output = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
@@ -69,6 +69,21 @@ class SubjectOptions:
         if all(presets) and self.model != "demo":
             raise ValueError(f"model: expected none beside --random-weights, got {self.model!r}")
 
+    def spec(self) -> "Spec":
+        """The model by name.
+
+        Raises:
+            ValueError: where the options do not say which, or the device or the dtype is none.
+        """
+        self.check()
+        device, dtype = check_device(self.device), torch_dtype(self.dtype)
+        from dar_fast.bench.models import Spec
+
+        return Spec(
+            model=self.model, prior=self.prior, tokenizer=self.tokenizer, device=device,
+            dtype=dtype,
+        )  # fmt: skip
+
     def load(self) -> "Subject":
         """The model.
 
@@ -76,15 +91,9 @@ class SubjectOptions:
             ValueError: where a name, the device or the dtype is none.
             CheckpointError: where the folder cannot be read.
         """
-        self.check()
-        device, dtype = check_device(self.device), torch_dtype(self.dtype)
-        from dar_fast.bench.models import random_subject, stored_subject
-
-        if self.prior is not None and self.tokenizer is not None:
-            with working(f"making prior {self.prior} and tokenizer {self.tokenizer}"):
-                return random_subject(self.prior, self.tokenizer, device, dtype)
-        with working(f"loading {self.model}"):
-            return stored_subject(self.model, device, dtype)
+        spec = self.spec()
+        with working(f"loading {spec.name}"):
+            return spec.load()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +209,50 @@ def throughput(
     result.finish(document, throughput_lines(document))
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"latency": latency, "throughput": throughput}
+def memory(
+    *,
+    subject: OmitArgPrefixes[SubjectOptions] = SUBJECT,
+    budget_gb: Annotated[
+        float | None, arg(metavar="GB", help_behavior_hint="(default: what is free)")
+    ] = None,
+    batch_sizes: Annotated[tuple[int, ...], arg(metavar="B ...")] = (1, 4),
+    quantised: Annotated[tuple[Quantised, ...], arg(metavar="int8|fp8 ...")] = ("int8",),
+    plan_for: Annotated[
+        Literal["cpu", "cuda"] | None,
+        arg(metavar="cpu|cuda", help_behavior_hint="(default: the device)"),
+    ] = None,
+    result: OmitArgPrefixes[ResultOptions] = RESULT,
+) -> None:
+    """Plan the memory of an engine, say the largest batch that fits, then measure real runs.
+
+    Args:
+        budget_gb: Memory to fit into, in 10^9 bytes.
+        batch_sizes: Requests that the engine holds at once; with --quick the smallest only is run.
+        quantised: Kinds of prior weights beside those given.
+        plan_for: Plan for this kind of device; where it is not the one here, nothing is run.
+    """
+    if budget_gb is not None and not 0 < budget_gb < float("inf"):
+        raise ValueError(f"budget-gb: expected a number > 0, got {budget_gb:g}")
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ValueError(f"batch-sizes: expected integers >= 1, got {list(batch_sizes)}")
+    result.check()
+    spec = subject.spec()
+    from dar_fast.bench.memory import memory as measure
+    from dar_fast.bench.report import memory_lines
+
+    batches = sorted(set(batch_sizes))
+    document = measure(
+        spec, quantised=quantised, batches=batches, tried=batches[:1] if result.quick else batches,
+        budget=None if budget_gb is None else int(budget_gb * 1e9), plan_for=plan_for, say=notice,
+    )  # fmt: skip
+    result.finish(document, memory_lines(document))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "latency": latency,
+    "throughput": throughput,
+    "memory": memory,
+}
 
 
 def usage() -> str:

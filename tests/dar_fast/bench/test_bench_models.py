@@ -5,16 +5,10 @@ import math
 import pytest
 import torch
 
-from dar_fast.bench.models import (
-    Plain,
-    random_model,
-    random_subject,
-    randomise,
-    stored_subject,
-    unpacked,
-)
+from dar_fast.bench.models import Plain, Spec, random_model, randomise, unpacked
 from dar_fast.bench.plain import plain_draw, plain_frames
-from dar_fast.config import PRIORS
+from dar_fast.checkpoint import CheckpointError
+from dar_fast.config import PRIORS, TOKENIZERS
 from dar_fast.models import Prior, Tokenizer
 from dar_fast.models.layers import Linear, pack
 from dar_fast.pipeline import DARPipeline
@@ -83,14 +77,29 @@ def test_a_plain_run_says_when_its_first_preview_came(tiny_pipeline: DARPipeline
 
 
 def test_subjects_by_name():
-    subject = stored_subject("demo", "cpu")
+    subject = Spec(device="cpu").load()
     assert subject.weights == "fp32" and subject.kv_itemsize == 4
     assert subject.prior.config == PRIORS["demo"]
     labels = subject.labels(16)
     assert len(set(labels)) == 16 and max(labels) < subject.prior.config.num_classes
-    random = random_subject("demo", "demo", "cpu")
+    random = Spec(prior="demo", tokenizer="demo", device="cpu").load()
     assert random.weights == "bf16" and random.kv_itemsize == 2
     assert random.plain.prior is random.prior and random.plain.tokenizer is not random.tokenizer
+
+
+def test_sizes_are_known_without_the_weights(tiny_pipeline: DARPipeline, tmp_path):
+    assert Spec(prior="7B", tokenizer="v1").configs() == (PRIORS["7B"], TOKENIZERS["v1"])
+    assert Spec().configs() == (PRIORS["demo"], TOKENIZERS["demo"])
+    tiny_pipeline.save_pretrained(tmp_path)
+    for weights in tmp_path.rglob("*.safetensors"):
+        weights.unlink()
+    configs = tiny_pipeline.prior.config, tiny_pipeline.tokenizer.config
+    assert Spec(model=str(tmp_path)).configs() == configs
+    (tmp_path / "prior").rename(tmp_path / "p")
+    (tmp_path / "tokenizer").rename(tmp_path / "prior")
+    (tmp_path / "p").rename(tmp_path / "tokenizer")
+    with pytest.raises(CheckpointError, match="expected a prior and a tokenizer, got others"):
+        Spec(model=str(tmp_path)).configs()
 
 
 @pytest.mark.parametrize(
@@ -103,4 +112,4 @@ def test_subjects_by_name():
 )
 def test_presets_that_are_none_or_do_not_fit(prior, tokenizer, text):
     with pytest.raises(ValueError, match=text):
-        random_subject(prior, tokenizer, "cpu")
+        Spec(prior=prior, tokenizer=tokenizer, device="cpu").load()
