@@ -8,6 +8,7 @@ import torch
 from dar_fast.checkpoint import to_official
 from dar_fast.config import PixelDiTConfig, PriorConfig, TokenizerConfig
 from dar_fast.models import Prior, Tokenizer
+from dar_fast.quantization import products
 
 PRIOR = PriorConfig(dim=64, depth=2, heads=1, vocab_size=32, num_tokens=16, num_classes=3)
 TOKENIZER = TokenizerConfig(
@@ -48,3 +49,16 @@ def official_state(config, salt=1):
 def same(a, b):
     """Whether two state dicts hold the same tensors."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def same_operands(a, b):
+    """Whether two priors keep the same bytes and scales; there is no == of float8."""
+    ours, theirs = (
+        [
+            part
+            for name, product in sorted(products(prior).items())
+            for part in (product.quantized.values.view(torch.uint8), product.quantized.scale)
+        ]
+        for prior in (a, b)
+    )
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
