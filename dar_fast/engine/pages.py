@@ -221,8 +221,6 @@ class PageRow:
 
     def release(self) -> None:
         """Give back all pages and promises, once no write is under way; again: no effect."""
-        if self._released:
-            return
         self._released = True
         self._pool.promised -= self._promised
         end = self.length // PAGE_SIZE if self.length % PAGE_SIZE else -1
