@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dar_fast.config import TokenizerConfig
+
 PriorWeights = Literal["as given", "int8", "fp8"]
 PageDtype = Literal["as weights", "fp32", "fp16", "bf16", "fp8", "int8"]
 PRIOR_WEIGHTS: tuple[PriorWeights, ...] = ("as given", "int8", "fp8")
@@ -62,4 +64,15 @@ class EngineConfig:
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
 
 
-__all__ = ["BATCH_PATCHES", "MAX_REQUESTS", "EngineConfig", "PageDtype", "PriorWeights"]
+def pictures_a_batch(
+    config: TokenizerConfig, requests: int, diffusion_batch: int | None, device_type: str
+) -> int:
+    """Pictures in one evaluation of the pixel DiT, of an engine with so many requests."""
+    patches = (config.image_size // config.dit.patch_size) ** 2
+    return min(requests, diffusion_batch or max(1, BATCH_PATCHES[device_type] // patches))
+
+
+__all__ = [
+    "BATCH_PATCHES", "MAX_REQUESTS", "EngineConfig", "PageDtype", "PriorWeights",
+    "pictures_a_batch",
+]  # fmt: skip

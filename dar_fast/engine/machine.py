@@ -8,12 +8,14 @@ import torch
 
 from dar_fast.engine.board import Board
 from dar_fast.engine.conditions import Conditions
-from dar_fast.engine.config import BATCH_PATCHES, MAX_REQUESTS, EngineConfig
+from dar_fast.engine.config import MAX_REQUESTS, EngineConfig, pictures_a_batch
 from dar_fast.engine.cores import Cores
 from dar_fast.engine.diffusion import Diffusion
 from dar_fast.engine.lanes import DiffusionLane, Lane, TokenLane
+from dar_fast.engine.memory import available_memory
 from dar_fast.engine.pages import PagePool, request_pages
-from dar_fast.engine.runners import launcher, token_runner
+from dar_fast.engine.plan import check_fits, largest_batch, plan_memory
+from dar_fast.engine.runners import DTYPES, launcher, token_runner
 from dar_fast.engine.scheduler import Scheduler
 from dar_fast.engine.scoring import scorers
 from dar_fast.engine.slots import SlotState
@@ -40,6 +42,32 @@ def _check_parts(prior: Prior, tokenizer: Tokenizer) -> None:
             raise ValueError(f"tokenizer: expected the prior's {ours} {name}, got {theirs}")
 
 
+def _requests(prior: Prior, tokenizer: Tokenizer, config: EngineConfig) -> int:
+    """Requests in flight: as configured, where they fit; by default at most half of what is free.
+
+    Raises:
+        ValueError: where the memory of the device does not hold them; the message says how many.
+    """
+    device = tokenizer.device
+    if device.type not in MAX_REQUESTS:
+        raise ValueError(f"engine: expected a device of {list(MAX_REQUESTS)}, got {device}")
+    wanted = config.max_requests or MAX_REQUESTS[device.type]
+    plan = plan_memory(
+        prior.config, tokenizer.config, max_requests=wanted, dtype=tokenizer.dtype,
+        weights_dtype=config.prior_weights, page_dtype=DTYPES[config.page_dtype],
+        diffusion_batch=config.diffusion_batch, device_type=device.type,
+        num_pages=config.num_pages, capture=config.capture,
+    )  # fmt: skip
+    try:
+        available = available_memory(device)
+    except OSError:  # a system that does not say: allocation will tell
+        return wanted
+    if config.max_requests is None and config.num_pages is None:
+        return max(1, min(wanted, largest_batch(plan, plan.loaded + available // 2)))
+    check_fits(plan, available, loaded=True)
+    return wanted
+
+
 class Machine:
     """The lanes of one engine and what they work on; knows nothing of the engine itself."""
 
@@ -49,11 +77,10 @@ class Machine:
         prior.eval()
         tokenizer.eval()
         device = tokenizer.device
-        kind = "cuda" if device.type == "cuda" else "cpu"
-        slots = config.max_requests or MAX_REQUESTS[kind]
+        kind = device.type
+        slots = _requests(prior, tokenizer, config)
         pages = config.num_pages or slots * request_pages(prior.config.num_tokens, 2)
-        patches = (tokenizer.config.image_size // tokenizer.config.dit.patch_size) ** 2
-        batch = min(slots, config.diffusion_batch or max(1, BATCH_PATCHES[kind] // patches))
+        batch = pictures_a_batch(tokenizer.config, slots, config.diffusion_batch, kind)
         self.state = SlotState(tokenizer, slots)
         self.streams = Streams(device)
         scheduler = Scheduler(PagePool(pages), slots, config.max_queue, tokenizer.config.group_size)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from dar_fast.config import PriorConfig, TokenizerConfig
-from dar_fast.engine.config import BATCH_PATCHES, PriorWeights
+from dar_fast.engine.config import PriorWeights, pictures_a_batch
 from dar_fast.engine.graphs import buckets
 from dar_fast.engine.pages import request_pages
 from dar_fast.engine.parameters import (
@@ -132,9 +132,7 @@ def _solver(config: TokenizerConfig, batch: int, dtype: torch.dtype) -> int:
 
 def _batch(sizes: Sizes, requests: int) -> int:
     """Pictures in one evaluation of the pixel DiT."""
-    kind = "cpu" if sizes.device_type == "cpu" else "cuda"
-    patches = (sizes.tokenizer.image_size // sizes.tokenizer.dit.patch_size) ** 2
-    return min(requests, sizes.diffusion_batch or max(1, BATCH_PATCHES[kind] // patches))
+    return pictures_a_batch(sizes.tokenizer, requests, sizes.diffusion_batch, sizes.device_type)
 
 
 def _graphs(sizes: Sizes, requests: int, logits: int, activations: int) -> int:

@@ -12,11 +12,14 @@ from dar_fast.engine.tokens import NativeTokens
 from dar_fast.models import Prior
 from dar_fast.quantization import engine_weights
 from dar_kernels.decode_step import OP
+from dar_kernels.dispatch import UnavailableError
 
 DTYPES: dict[PageDtype, torch.dtype | None] = {
     "as weights": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
     "fp8": torch.float8_e4m3fn, "int8": torch.int8,
 }  # fmt: skip
+
+NATIVE_PAGES: tuple[PageDtype, ...] = ("as weights", "fp32", "bf16")
 
 
 def capture_of(device: torch.device, config: EngineConfig) -> Capture:
@@ -37,6 +40,11 @@ def token_runner(
     chosen = OP.pick(prior.device.type, prior.head.weight.dtype)
     page_dtype = DTYPES[config.page_dtype]
     if chosen == "native":
+        if config.page_dtype not in NATIVE_PAGES:
+            raise UnavailableError(
+                f"page_dtype: expected one of {list(NATIVE_PAGES)} with decode_step's native "
+                f"implementation, got {config.page_dtype!r}, which needs a CUDA device"
+            )
         return chosen, NativeTokens(
             prior, state.codes, pages, weights=weights, page_dtype=page_dtype
         )
