@@ -156,7 +156,10 @@ class DecoderPages(NamedTuple):
             raise ValueError(f"copy: expected different targets, got page {twice} twice")
         if not pairs:
             return
-        source, target = torch.tensor(list(pairs), device=self.keys.device).unbind(1)
+        numbers = torch.tensor(list(pairs))
+        if self.keys.is_cuda:
+            numbers = numbers.pin_memory()  # so that the upload waits for nothing
+        source, target = numbers.to(self.keys.device, non_blocking=True).unbind(1)
         for part in self:
             if part is not None:
                 # indexing knows no float8
