@@ -83,7 +83,7 @@ class Diffusion:
         step: int = 0,
         num_steps: int | None = None,
     ) -> None:
-        """Write the noise that a picture starts from; its conditions stay.
+        """Write the noise that a picture starts from; conditions, where there are any, stay.
 
         With `init_image` `[3, R, R]` in [-1, 1]: the state of an SDEdit-style start at `step` of
         `num_steps` (the configuration's by default), as `Tokenizer.decode` has it.
@@ -104,7 +104,6 @@ class Diffusion:
             t = _times(S, config.dit.time_shift)[step]
             x = start_from(init_image[None].to(x), x, t, config.dit.data_std)
         slots.x[slot] = x[0]
-        slots.group[slot] = NO_GROUP
         slots.step[slot] = slots.first_step[slot] = step
 
     def step(self, rows: Sequence[StepRow]) -> Tensor:

@@ -9,6 +9,7 @@ from diffusion_helpers import (
     ONE_CODE_A_GROUP,
     NoHostReads,
     decoded,
+    extend_all,
     launchers,
     random_codes,
     random_tokenizer,
@@ -209,6 +210,41 @@ def test_graphs_by_batch_pad_with_a_row_of_nobody(tiny_pipeline):
     groups = {(f"extend {group}", 4) for group in range(4)}
     assert graphs == {*groups, ("conditions", 4), ("step", 4)}
     assert not diffusion.slots.x[3].any() and diffusion.slots.x[4].any()  # 4: nobody's
+
+
+class Recorder:
+    """Fills batches up to four; keeps the slots of every call."""
+
+    def __init__(self):
+        self.slots = []
+
+    def size(self, rows):
+        return max(4, rows)
+
+    def __call__(self, key, work, inputs):
+        self.slots.append((key, inputs[0].tolist()))
+        work(*inputs)
+
+
+def test_a_batch_is_filled_up_with_the_row_that_pads(tiny_pipeline):
+    tokenizer = tiny_pipeline.tokenizer
+    codes, recorder = random_codes(tokenizer.config, 2), Recorder()
+    diffusion = ready(tokenizer, codes, 5, launcher=recorder)
+    images, _ = decoded(diffusion, [1, 2], 1)
+    close(images, tokenizer.decode(codes, seeds=[1, 2], num_steps=1))
+    keys = [("extend", group, 4) for group in range(4)] + [("conditions", 4), ("step", 4)]
+    assert recorder.slots == [(key, [0, 1, 5, 5]) for key in keys]
+
+
+def test_a_used_slot(tiny_pipeline):
+    tokenizer = tiny_pipeline.tokenizer
+    first, second = random_codes(tokenizer.config, 2).split(1)
+    diffusion = ready(tokenizer, first)
+    decoded(diffusion, [1], 1)  # reads group 0, as the next one does first
+    extend_all(Conditions(tokenizer, diffusion.slots), second, [0])
+    for steps in (3, 4):  # the second time with the conditions there are
+        images, _ = decoded(diffusion, [2], steps)
+        close(images, tokenizer.decode(second, seeds=[2], num_steps=steps))
 
 
 def test_what_does_not_fit(tiny_pipeline):
