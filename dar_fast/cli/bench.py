@@ -1,4 +1,4 @@
-"""`dar bench latency|throughput|memory`: what the engine takes beside what it must take.
+"""`dar bench latency|throughput|memory|quality`: what the engine takes beside what it must take.
 
 The last line on stdout is one JSON document, with --json the only one; progress is on stderr.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
+from dar_fast.cli.bench_quality import quality
 from dar_fast.cli.options import check_device, torch_dtype
 from dar_fast.cli.parse import run_command
 from dar_fast.cli.report import notice, say, working
@@ -26,6 +27,7 @@ BENCHES = {
     "latency": "one picture: seconds, first preview, codes alone, pixel DiT alone",
     "throughput": "pictures a second over batch sizes, and latency under load",
     "memory": "the plan beside a measured peak, and the largest batch that fits",
+    "quality": "what int8 and fp8 prior weights change: next codes, greedy codes, pictures",
 }
 # most turns, and seconds that they may take: on two cores a turn of prior L and tokenizer v1 takes
 # one minute, of the embedded model a few seconds
@@ -252,6 +254,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "latency": latency,
     "throughput": throughput,
     "memory": memory,
+    "quality": quality,
 }
 
 

@@ -14,6 +14,7 @@ from dar_fast.bench import measure, plot
 
 Dar = Callable[..., Any]
 ROOT = Path(__file__).parents[3]
+TIMED = ["latency", "throughput", "memory"]
 
 
 @pytest.fixture(autouse=True)
@@ -23,10 +24,10 @@ def _small_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BAD_USAGE = {
-    "no bench": ((), "bench: expected one of latency, throughput, memory, got none"),
+    "no bench": ((), "bench: expected one of latency, throughput, memory, quality, got none"),
     "unknown bench": (
         ("speed",),
-        "bench: expected one of latency, throughput, memory, got 'speed'",
+        "bench: expected one of latency, throughput, memory, quality, got 'speed'",
     ),
     "prior alone": (("latency", "--prior", "L"), "expected --prior NAME, --tokenizer NAME and"),
     "no random weights": (
@@ -79,7 +80,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("bench", ["latency", "throughput", "memory"])
+@pytest.mark.parametrize("bench", TIMED)
 @pytest.mark.parametrize(("argv", "text"), FAILURES.values(), ids=FAILURES.keys())
 def test_failures_are_one_line(dar: Dar, bench: str, argv: Any, text: str, here: Path) -> None:
     done = dar("bench", bench, *argv)
@@ -90,9 +91,9 @@ def test_failures_are_one_line(dar: Dar, bench: str, argv: Any, text: str, here:
 def test_help_names_the_benches_and_each_has_its_own(dar: Dar) -> None:
     overview = dar("bench", "--help")
     assert overview.status == 0
-    assert re.findall(r"^  (\w+)  ", overview.out, re.M) == ["latency", "throughput", "memory"]
+    assert re.findall(r"^  (\w+)  ", overview.out, re.M) == [*TIMED, "quality"]
     assert "  bench " in dar("--help").out
-    for name in ("latency", "throughput", "memory"):
+    for name in TIMED:
         own = dar("bench", name, "--help")
         assert own.status == 0
         for flag in ("--json", "--out", "--plot", "--quick", "--random-weights", "--device"):
@@ -143,7 +144,7 @@ def test_without_json_the_table_comes_first(dar: Dar, model: str) -> None:
     assert any(line.startswith("codes alone | int8") and "floor" in line for line in lines)
 
 
-@pytest.mark.parametrize("name", ["latency", "throughput", "memory"])
+@pytest.mark.parametrize("name", TIMED)
 def test_scripts_are_the_command(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "bench" / f"{name}.py"), "--out", "x.txt"],
