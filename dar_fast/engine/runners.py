@@ -57,9 +57,10 @@ def token_runner(
 
 def launcher(state: SlotState, batch: int, config: EngineConfig) -> Launcher:
     """How the diffusion lane's work is run."""
-    if state.device.type != "cuda" or not config.capture:
+    capture = capture_of(state.device, config)
+    if isinstance(capture, NoCapture):
         return Direct()
-    return GraphLauncher(capture_of(state.device, config), batch, state.padding)
+    return GraphLauncher(capture, batch, state.padding)
 
 
 __all__ = ["capture_of", "launcher", "token_runner"]
