@@ -6,7 +6,7 @@ Source: arXiv 2505.23660, §3.1; RoPE from Su et al. (2021), interleaved pairs.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from dar_kernels import (
     Activation,
+    Fp8Weight,
     PackedWeight,
+    fp8_weight,
     layer_norm,
     linear,
     normed_attention,
@@ -22,35 +24,46 @@ from dar_kernels import (
     packs,
 )
 
+ProductDtype = Literal["as given", "fp8"]
 NORM_EPS = 1e-6
 ROPE_BASE = 10_000.0
 
 
 class Linear(nn.Linear):
-    """nn.Linear that can keep its weight in the order of a CPU's bf16 products; see `pack`."""
+    """nn.Linear that can keep its weight in the order of a CPU's bf16 products, or in fp8."""
 
-    packed: PackedWeight | None = None
+    packed: PackedWeight | Fp8Weight | None = None
 
     @property
-    def operand(self) -> Tensor | PackedWeight:
+    def operand(self) -> Tensor | PackedWeight | Fp8Weight:
         """The weight as the ops take it: packed where it is and no gradients are asked for.
 
         A compiler that traces takes the weight itself: oneDNN's order is opaque to it.
         """
-        if torch.is_grad_enabled() or self.packed is None or torch.compiler.is_compiling():
-            return self.weight
-        return self.packed
+        packed = None if torch.is_grad_enabled() else self.packed
+        if isinstance(packed, PackedWeight) and torch.compiler.is_compiling():
+            packed = None
+        return self.weight if packed is None else packed
 
     def forward(self, x: Tensor, activation: Activation = "none") -> Tensor:
         return linear(x, self.operand, self.bias, activation)
 
-    def pack(self) -> None:
-        """Keep a reordered copy, as large as the weight, where products read it faster.
+    def pack(self, dtype: ProductDtype = "as given") -> None:
+        """Keep a reordered copy, as large as the weight, where products read it faster; or in fp8.
 
         Training, loading and moving the module drop it; after any other change of the weight, pack
         again.
+
+        Raises:
+            ValueError: for another dtype; where fp8 does not take a size or a value of the weight.
+            UnavailableError: where the device has no fp8 products.
         """
-        self.packed = pack_weight(self.weight) if packs(self.weight) else None
+        if dtype not in get_args(ProductDtype):
+            raise ValueError(f"pack: expected dtype 'as given' or 'fp8', got {dtype!r}")
+        if dtype == "fp8":
+            self.packed = fp8_weight(self.weight)
+        else:
+            self.packed = pack_weight(self.weight) if packs(self.weight) else None
 
     def train(self, mode: bool = True) -> "Linear":
         if mode:
@@ -66,11 +79,17 @@ class Linear(nn.Linear):
         super()._load_from_state_dict(*args, **options)
 
 
-def pack(module: nn.Module) -> None:
-    """Pack every `Linear` within `module` that it pays for: bf16 on a CPU, for sampling only."""
+def pack(module: nn.Module, dtype: ProductDtype = "as given") -> None:
+    """Pack every `Linear` within `module`: as given where it pays, bf16 on a CPU; or all in fp8.
+
+    For sampling only.
+
+    Raises:
+        ValueError, UnavailableError: as `Linear.pack`.
+    """
     for part in module.modules():
         if isinstance(part, Linear):
-            part.pack()
+            part.pack(dtype)
 
 
 def rope_angles(positions: Tensor, dim: int, base: float = ROPE_BASE) -> Tensor:

@@ -17,7 +17,17 @@ from dar_kernels.layer_norm import OP as _LAYER_NORM
 from dar_kernels.layer_norm import layer_norm
 from dar_kernels.layer_norm_modulate import OP as _LAYER_NORM_MODULATE
 from dar_kernels.layer_norm_modulate import layer_norm_modulate
-from dar_kernels.linear import Activation, PackedWeight, linear, pack_weight, packs
+from dar_kernels.linear import (
+    Activation,
+    Fp8Weight,
+    PackedWeight,
+    fp8_missing,
+    fp8_weight,
+    linear,
+    pack_weight,
+    packs,
+    takes_fp8,
+)
 from dar_kernels.linear_cross_entropy import OP as _LINEAR_CROSS_ENTROPY
 from dar_kernels.linear_cross_entropy import linear_cross_entropy
 from dar_kernels.linear_decode import OP as _LINEAR_DECODE
@@ -74,6 +84,7 @@ __all__ = [
     "Activation",
     "AdaLNModulate",
     "Choice",
+    "Fp8Weight",
     "GateResidual",
     "NormedResidual",
     "PackedWeight",
@@ -83,6 +94,8 @@ __all__ = [
     "adaln_cross_attention",
     "adaln_modulate",
     "flow_step",
+    "fp8_missing",
+    "fp8_weight",
     "gate_residual_modulate",
     "guided_sample",
     "layer_norm",
@@ -101,6 +114,7 @@ __all__ = [
     "rms_norm_residual",
     "rope_2d",
     "swiglu",
+    "takes_fp8",
     "vq_losses",
     "vq_nearest",
 ]

@@ -30,7 +30,7 @@ from dar_kernels.aot import DenoiserShape, Shape, Variant
 from dar_kernels.checks import Dim, check_tensor, dtypes_beside, lowered
 from dar_kernels.dispatch import Op, needs_grad
 from dar_kernels.implementations import by_native, by_torch, by_triton
-from dar_kernels.linear import PackedWeight
+from dar_kernels.linear import Fp8Weight, PackedWeight
 
 MAX_DIM, MAX_HEAD_DIM, MAX_KEYS = 8192, 64, 64  # what Triton keeps in registers
 
@@ -127,7 +127,7 @@ def variants(shape: Shape) -> Iterator[Variant]:
 
 
 def adaln_cross_attention(
-    x: Tensor, q_weight: Tensor | PackedWeight, q_bias: Tensor, q_norm_weight: Tensor,
+    x: Tensor, q_weight: Tensor | PackedWeight | Fp8Weight, q_bias: Tensor, q_norm_weight: Tensor,
     q_norm_bias: Tensor, keys: Tensor, values_out: Tensor, out_bias: Tensor, time: Tensor,
     cos: Tensor, sin: Tensor, *, implementation: str | None = None,
 ) -> Tensor:  # fmt: skip
@@ -157,7 +157,9 @@ def adaln_cross_attention(
         UnavailableError: where the named implementation cannot run here.
     """
     op = "adaln_cross_attention"
-    weight = q_weight.weight if isinstance(q_weight, PackedWeight) else q_weight
+    weight = q_weight if isinstance(q_weight, Tensor) else q_weight.weight
+    if isinstance(q_weight, Fp8Weight):
+        q_weight = weight  # the kernels have this product within: it stays in the dtype of x
     check_tensor(op, "x", x, (Dim("B"), Dim("N"), Dim("D")))
     B, N, D = x.shape
     dtypes, device = dtypes_beside(x), x.device

@@ -19,9 +19,13 @@ from dar_kernels.adaln_modulate_triton import launch, variants
 from dar_kernels.checks import check_alike, check_tensor, dtypes_beside, lowered
 from dar_kernels.dispatch import Op, needs_grad
 from dar_kernels.implementations import by_native, by_torch, by_triton
-from dar_kernels.layer_norm_modulate import layer_norm_modulate_backward, layer_norm_modulate_ref
+from dar_kernels.layer_norm_modulate import (
+    layer_norm_modulate,
+    layer_norm_modulate_backward,
+    layer_norm_modulate_ref,
+)
 from dar_kernels.layer_norm_rows import TOKENS
-from dar_kernels.linear import PackedWeight
+from dar_kernels.linear import Fp8Weight, PackedWeight, linear
 from dar_kernels.rows import matrix_of
 
 
@@ -89,7 +93,7 @@ OP = Op(
 def adaln_modulate(
     x: Tensor,
     features: Tensor,
-    weight: Tensor | PackedWeight,
+    weight: Tensor | PackedWeight | Fp8Weight,
     bias: Tensor,
     *,
     implementation: str | None = None,
@@ -100,7 +104,8 @@ def adaln_modulate(
         x: `[B, N, D]`, floating point, 1 ≤ D ≤ 16384: the residual stream.
         features: `[B, N, D]`: what the projection reads, of the dtype and on the device of `x`.
         weight, bias: `[6 D, D]`, which may be packed, and `[6 D]`: the projection; rows in the
-            order shift, scale, gate of the first branch, then of the second.
+            order shift, scale, gate of the first branch, then of the second. In fp8 it is a product
+            of its own, by the library, and `implementation` is that of `layer_norm_modulate`.
         implementation: `triton` (CUDA, not fp64), `native` (CPU, fp32 and bf16, without gradients)
             or `torch`; None: the first that can run.
 
@@ -115,18 +120,22 @@ def adaln_modulate(
     """
     check_alike("adaln_modulate", x, TOKENS, features=features)
     D, dtypes = x.shape[-1], dtypes_beside(x)
-    plain = weight.weight if isinstance(weight, PackedWeight) else weight
+    plain = weight if isinstance(weight, Tensor) else weight.weight
     check_tensor("adaln_modulate", "weight", plain, (6 * D, D), dtypes, x.device)
     check_tensor("adaln_modulate", "bias", bias, (6 * D,), dtypes, x.device)
+    if isinstance(weight, Fp8Weight):
+        shift, scale, *rest = linear(features, weight, bias).chunk(6, dim=-1)
+        modulated = layer_norm_modulate(x, shift, scale, implementation=implementation)
+        return AdaLNModulate(modulated, *rest)
     grad = needs_grad(x, features, plain, bias) or modulate_native.blocked(x.device.type)
     chosen = OP.pick(x.device.type, x.dtype, implementation, grad)
     if chosen == "torch":
         return adaln_modulate_ref(x, features, plain, bias)
     if chosen == "native":
-        modulated, rest = modulate_native.adaln_modulate(x, features, weight, bias)
+        modulated, others = modulate_native.adaln_modulate(x, features, weight, bias)
     else:
-        modulated, rest = _adaln_modulate(*lowered(x, features, plain, bias))
-    return AdaLNModulate(modulated, *rest.chunk(4, dim=-1))
+        modulated, others = _adaln_modulate(*lowered(x, features, plain, bias))
+    return AdaLNModulate(modulated, *others.chunk(4, dim=-1))
 
 
 __all__ = ["OP", "AdaLNModulate", "adaln_modulate", "adaln_modulate_ref", "variants"]

@@ -135,6 +135,7 @@ def test_unknown_modes_are_named(fresh_pipeline):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default::DeprecationWarning:torch")  # of the compiler's own parts
 def test_the_compiler_draws_the_same(fresh_pipeline, tiny_pipeline):
     check_alike(fresh_pipeline.compile(), tiny_pipeline)
     images = fresh_pipeline.to(dtype=torch.bfloat16)(LABELS, seeds=SEEDS, output_type="pt").images

@@ -1,11 +1,24 @@
-"""linear: the packed product equals the plain one; what cannot be packed says so."""
+"""linear: the packed product equals the plain one, the one in fp8 that of its rounded operands."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from truth import EPS, relative_error
 
-from dar_kernels.linear import linear, pack_weight, packs
+from dar_kernels import UnavailableError
+from dar_kernels.adaln_modulate import adaln_modulate
+from dar_kernels.linear import (
+    FP8,
+    fp8_missing,
+    fp8_weight,
+    linear,
+    pack_weight,
+    packs,
+    quantize_rows,
+)
+from dar_kernels.quantize import dequantize
 
 CAN_PACK = packs(torch.ones(2, 2, dtype=torch.bfloat16))
 packing = pytest.mark.skipif(not CAN_PACK, reason="no bf16 products here")
@@ -51,3 +64,89 @@ def test_wrong_arguments_are_named():
         linear(torch.ones(2, 5), weight)
     with pytest.raises(ValueError, match="expected a bf16 matrix on a CPU"):
         pack_weight(weight)
+
+
+@pytest.mark.parametrize("activation", ["none", "silu"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("M", "D", "O"), [(1, 16, 16), (37, 96, 144), (130, 768, 64)], ids=str)
+def test_fp8_is_the_product_of_the_rounded_operands(activation, bias, dtype, M, D, O):  # noqa: E741
+    x, weight = torch.randn(2, M, D).to(dtype), torch.randn(O, D).to(dtype)
+    b = torch.randn(O).to(dtype) if bias else None
+    packed = fp8_weight(weight)
+    assert packed.quantized.values.dtype == FP8
+    y = linear(x, packed, b, activation)
+    assert y.dtype == dtype and y.shape == (2, M, O)
+    rows = dequantize(quantize_rows(x.flatten(0, 1)), torch.float64)
+    truth = rows @ dequantize(packed.quantized, torch.float64).T
+    truth = (truth if b is None else truth + b.bfloat16().double()).view(2, M, O)
+    rounded = truth.bfloat16()  # of the sum; SiLU follows in the dtype of x
+    if activation == "silu":
+        truth, rounded = F.silu(truth), F.silu(rounded.to(dtype))
+    assert relative_error(y, truth) <= 2 * relative_error(rounded, truth) + EPS
+    alone = linear(x[1, :1], packed, b, activation)
+    torch.testing.assert_close(alone, y[1, :1], rtol=2**-7, atol=1e-6)  # its own scale, any batch
+
+
+@given(
+    st.integers(1, 5),
+    st.sampled_from([16, 48, 256]),
+    st.sampled_from([16, 80]),
+    st.integers(0, 2**31),
+    st.sampled_from([1e-6, 1.0, 1e4]),
+)
+def test_fp8_is_as_near_as_its_format_allows(M, D, O, seed, size):  # noqa: E741
+    generator = torch.Generator().manual_seed(seed)
+    x = size * torch.randn(M, D, generator=generator) * torch.rand(M, D, generator=generator) ** 4
+    weight = torch.randn(O, D, generator=generator) / D**0.5
+    weight[0], x[0] = 0, 0  # rows of zeros have a scale too
+    packed = fp8_weight(weight)
+    y, truth = linear(x, packed).double(), x.double() @ weight.double().T
+    wide, w = x.double().abs(), weight.double().abs()
+    step_x = quantize_rows(x).scale.double()[:, None] / 1024  # below the normal numbers
+    step_w = packed.quantized.scale.double() / 1024
+    bound = (2 / 16 + 1 / 256) * (wide @ w.T)
+    bound = bound + 1.1 * (step_x * w.sum(1) + step_w * wide.sum(1)[:, None] + D * step_x * step_w)
+    assert ((y - truth).abs() <= bound * (1 + 2**-7) + 2**-8 * truth.abs()).all()
+    assert y.isfinite().all() and (y[0] == 0).all() and (y[:, 0] == 0).all()
+
+
+def test_rows_that_are_not_finite_stay_their_own():
+    weight = fp8_weight(torch.randn(16, 32))
+    x = torch.randn(3, 32)
+    expected = linear(x, weight)
+    x[0, 3], x[2, 5] = torch.inf, torch.nan
+    y = linear(x, weight)
+    assert y[0].isnan().all() and y[2].isnan().all()
+    assert torch.equal(y[1], expected[1])
+
+
+def test_modulation_in_fp8_is_its_product_and_its_norm():
+    x, features = torch.randn(2, 2, 9, 32)
+    weight, bias = torch.randn(192, 32) / 6, torch.randn(192)
+    packed = fp8_weight(weight)
+    m = adaln_modulate(x, features, packed, bias)
+    shift, scale, *rest = linear(features, packed, bias).chunk(6, -1)
+    torch.testing.assert_close(m.modulated, F.layer_norm(x, (32,), eps=1e-6) * (1 + scale) + shift)
+    assert all(torch.equal(a, b) for a, b in zip(m[1:], rest, strict=True))
+    plain = adaln_modulate(x, features, weight, bias)
+    assert relative_error(m.modulated, plain.modulated) < 0.1
+
+
+def test_wrong_fp8_weights_are_named(monkeypatch):
+    for shape in ((8, 16), (16, 24), (16,)):
+        with pytest.raises(ValueError, match=r"expected \[O, D\], multiples of 16, got"):
+            fp8_weight(torch.ones(shape))
+    with pytest.raises(ValueError, match="expected finite weights"):
+        fp8_weight(torch.full((16, 16), torch.nan))
+    with pytest.raises(ValueError, match="expected no gradients through a packed weight"):
+        linear(torch.ones(2, 16, requires_grad=True), fp8_weight(torch.ones(16, 16)))
+    with pytest.raises(UnavailableError, match="fp8 products: runs on cpu and cuda only, got meta"):
+        fp8_weight(torch.ones(16, 16, device="meta"))
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, wanted in (((8, 9), "9.0 or more"), ((9, 0), None), ((10, 0), None)):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda device, value=capability: value
+        )
+        reason = fp8_missing(torch.device("cuda", 0))
+        assert (reason is None) if wanted is None else (wanted in reason and "8.9" in reason)
