@@ -4,6 +4,7 @@ Lanes take batches of tasks from here and bring back what they computed; whateve
 goes through the delivery, in the order in which it happened.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -28,6 +29,8 @@ from dar_fast.engine.stats import Counts, Stats
 from dar_fast.engine.streams import Mark, Shipment
 from dar_fast.engine.tasks import Job, Task
 
+log = logging.getLogger(__name__)
+
 
 class Board:
     """See the module; lanes hold `changed` only while they pick or bring, never while they work.
@@ -42,8 +45,8 @@ class Board:
         self.scheduler = scheduler
         self.changed = threading.Condition()
         self.counts = Counts()
-        self.delivery = Delivery(self.fail)
-        self.outbox = Outbox(self.delivery, scheduler, scorers, self.changed)
+        self.delivery = Delivery(self.raised)
+        self.outbox = Outbox(self.delivery, scheduler, scorers, self.changed, self.counts)
         self.closing = False
         self._lanes = lanes
 
@@ -68,23 +71,37 @@ class Board:
             self.scheduler.submit(job, parent)
             if parent is not None:
                 self.outbox.ripen(parent)
+                if parent.error is not None:
+                    self._orphan(job, parent.error)
             self.changed.notify_all()
 
     def cancel(self, job: Job) -> None:
         """End a job that has not ended."""
-        error = RequestCancelledError(f"request {job.handle.number}: cancelled")
+        error = RequestCancelledError(f"request {job.order}: cancelled")
         self._end(job, error, "cancelled")
 
     def fail(self, job: Job, cause: Exception) -> None:
         """End a job that has not ended, because of `cause`."""
-        error = RequestFailedError(f"request {job.handle.number}: {type(cause).__name__}: {cause}")
-        error.__cause__ = cause
-        self._end(job, error, "failed")
+        self._end(job, self._failure(job, cause), "failed")
 
-    def _end(self, job: Job, error: Exception, count: str) -> None:
+    def raised(self, job: Job, cause: BaseException) -> None:
+        """End a job whose user's code raised `cause`, though its result may be on the way."""
         with self.changed:
-            if job.ended:
+            if job.handle is None or job.error is not None:
+                log.warning("request %d: raised after its end", job.order, exc_info=cause)
+            else:
+                self._end(job, self._failure(job, cause), "failed", finishing=True)
+
+    def _failure(self, job: Job, cause: BaseException) -> RequestFailedError:
+        error = RequestFailedError(f"request {job.order}: {type(cause).__name__}: {cause}")
+        error.__cause__ = cause
+        return error
+
+    def _end(self, job: Job, error: Exception, count: str, finishing: bool = False) -> None:
+        with self.changed:
+            if job.error is not None or (job.ended and not finishing):
                 return
+            job.error = error
             for task in job.tasks:
                 task.ended = True
             self.scheduler.drop(job)
@@ -162,7 +179,7 @@ class Board:
         for job in self._jobs():
             if job.expires <= now and not job.ended:
                 error = DeadlineError(
-                    f"request {job.handle.number}: not done {job.request.deadline} s after it came"
+                    f"request {job.order}: not done {job.request.deadline} s after it came"
                 )
                 self._end(job, error, "expired")
         gone = self.scheduler.sweep()
@@ -240,11 +257,11 @@ class Board:
         for task, error in tasks:
             with self.changed:
                 task.drawing = task.stepping = False
-            self.fail(task.job, error)
+                if not task.ended:
+                    self.fail(task.job, error)
 
     def _finish(self, task: Task, picture: Shipment | None) -> None:
-        task.ended = True
-        self.counts.add(finished=1)
+        task.ended, task.estimate = True, None
         self.outbox.result(task, picture)
 
 

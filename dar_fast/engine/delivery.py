@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dar_fast.engine.tasks import Job
 
 log = logging.getLogger(__name__)
-Fail = Callable[[Job, Exception], None]
+Fail = Callable[[Job, BaseException], None]
 
 
 class Delivery:
-    """Runs what it is given in order, one after the other, in its own thread.
+    """Runs what it is given in order, one after the other, in its own thread, once that is started.
 
     Args:
         fail: called with the job and the exception where an item raises.
@@ -26,7 +26,6 @@ class Delivery:
         self._items: queue.SimpleQueue[tuple[Job | None, Callable[[], None]] | None]
         self._items = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._main, name="dar delivery", daemon=True)
-        self.thread.start()
 
     def put(self, job: Job | None, item: Callable[[], None]) -> None:
         """Run `item` after all that was put before; where it raises, `job` fails."""
@@ -41,7 +40,7 @@ class Delivery:
             job, item = entry
             try:
                 item()
-            except Exception as error:
+            except BaseException as error:  # SystemExit too: others wait for this thread
                 if job is None:
                     log.exception("dar_fast.engine: delivery failed")
                 else:

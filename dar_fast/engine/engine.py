@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import count
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 
@@ -58,7 +58,8 @@ class Engine:
         self._jobs = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         # threads hold the machine, not the engine: one that is forgotten is closed
-        self._finalizer = weakref.finalize(self, self._machine.close, False)
+        self._finalizer = weakref.finalize(self, self._machine.abandon)
+        self._finalizer.atexit = False  # the machine sees to that
 
     @classmethod
     def from_pretrained(
@@ -117,6 +118,10 @@ class Engine:
             ValueError: where the handle is not this engine's, or the group or a change not fit.
             AdmissionError, QueueFullError, EngineClosedError: see `submit`.
         """
+        if not isinstance(handle, Handle):
+            raise TypeError(f"handle: expected a Handle, got {type(handle).__name__}")
+        if isinstance(group, bool) or not isinstance(group, int):
+            raise TypeError(f"group: expected an integer, got {type(group).__name__} {group!r}")
         known = self._jobs.get(handle)
         parent = None if known is None else known()
         if parent is None:
@@ -126,22 +131,30 @@ class Engine:
         changes = {"best_of": None, "prefix_codes": (), **changes}
         request = replace(parent.request, seed=seed, **changes)
         plans = self._check(request, group)
-        most = min(plan.groups for plan in (*plans, parent.tasks[0].plan))
-        if isinstance(group, bool) or not isinstance(group, int) or not 1 <= group <= most:
-            raise ValueError(f"group: expected an integer in [1, {most}], got {group!r}")
+        most = min(plans[0].groups - 1, parent.tasks[0].plan.groups)
+        if not 1 <= group <= most:
+            raise ValueError(f"group: expected an integer in [1, {most}], got {group}")
+        if request.best_of is not None and request.best_of.groups <= group:
+            raise ValueError(
+                f"best_of.groups: expected more than the {group} that all candidates share, "
+                f"got {request.best_of.groups}"
+            )
         return self._submit(request, plans, listener, parent, group)
 
     def stream(self, request: GenerationRequest) -> Iterator[Event]:
         """The events of a request; to stop iterating cancels it. Arguments as `submit`."""
         handle = self.submit(request)
 
-        def events() -> Iterator[Event]:
+        def events() -> Iterator[Event | None]:
             try:
+                yield None
                 yield from handle
             finally:
                 handle.cancel()
 
-        return events()
+        iterator = events()
+        next(iterator)  # it has begun: closed before its first event it cancels too
+        return cast(Iterator[Event], iterator)
 
     def generate(self, requests: Iterable[GenerationRequest]) -> list[Result]:
         """Results in order of the requests; all of them are in the queue at once.
@@ -202,6 +215,8 @@ class Engine:
         parent: Job | None = None,
         group: int = 0,
     ) -> Handle:
+        if listener is not None and not callable(listener):
+            raise TypeError(f"listener: expected a callable, got {type(listener).__name__}")
         with self._lock:
             number = next(self._numbers)
         board, late = self._board, request.deadline

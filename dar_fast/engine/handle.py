@@ -65,9 +65,12 @@ class Handle:
             if isinstance(event, Finished | Failed):
                 self._end = event
             self._events.append(event)
+            listener = self._listener
+            if self._end is not None:
+                self._listener = None  # which may hold on to this handle
             self._changed.notify_all()
-        if self._listener is not None:
-            self._listener(event)
+        if listener is not None:
+            listener(event)
 
 
 __all__ = ["Handle", "Listener"]

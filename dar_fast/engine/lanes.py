@@ -149,6 +149,8 @@ class TokenLane(Lane):
         pairs = [pair for task in tasks for pair in task.copies]
         if pairs:
             self.runner.copy_pages(pairs)
+            for task in tasks:
+                task.copies.clear()  # once: a batch that is run again may have written to them
         return self.runner.run([task.token_row(Q) for task in tasks])
 
 

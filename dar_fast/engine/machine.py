@@ -1,5 +1,6 @@
 """What an engine is made of on its device: state, runners, lanes; and how it stops."""
 
+import atexit
 import contextlib
 import threading
 from dataclasses import replace
@@ -99,8 +100,9 @@ class Machine:
             DiffusionLane(self.board, self.streams, turn, conditions, diffusion, batch, cores),
         )
         self.threads = [lane.thread for lane in self.lanes] + [self.board.delivery.thread]
-        for lane in self.lanes:
-            lane.thread.start()
+        for thread in self.threads:
+            thread.start()
+        atexit.register(self.close)  # a thread that still computes would crash the exit
 
     def stats(self) -> Stats:
         """Of the board, with the time that the lanes were at work."""
@@ -127,6 +129,11 @@ class Machine:
         if threading.current_thread() not in self.threads:
             for thread in self.threads:
                 thread.join()
+            atexit.unregister(self.close)
+
+    def abandon(self) -> None:
+        """Close, and wait for nothing: the collector may call it in a thread that holds locks."""
+        threading.Thread(target=self.close, name="dar closing", daemon=True).start()
 
 
 __all__ = ["Machine"]

@@ -11,6 +11,7 @@ from dar_fast.engine.delivery import Delivery
 from dar_fast.engine.events import GroupDrawn, Preview
 from dar_fast.engine.request import BestOf, Candidates, Scorer
 from dar_fast.engine.scheduler import Scheduler
+from dar_fast.engine.stats import Counts
 from dar_fast.engine.streams import Shipment
 from dar_fast.engine.tasks import Job, Task
 
@@ -24,9 +25,10 @@ class Outbox:
         scheduler: Scheduler,
         scorers: Mapping[str, Scorer],
         changed: threading.Condition,
+        counts: Counts,
     ) -> None:
         self.delivery, self.scheduler, self.scorers = delivery, scheduler, scorers
-        self.changed = changed
+        self.changed, self.counts = changed, counts
 
     def group(self, task: Task, group: int, codes: Shipment, row: int) -> None:
         """A group of codes, row `row` of `[B, Q]`."""
@@ -48,7 +50,7 @@ class Outbox:
             task.codes.append(drawn)
             self.ripen(job)
         if job.request.previews and job.request.output == "codes":
-            job.tell(GroupDrawn(group=group, codes=drawn))
+            job.tell(GroupDrawn(group=group, codes=drawn.clone()))
 
     def ripen(self, job: Job) -> None:
         """Queue the forks whose codes are known."""
@@ -59,6 +61,8 @@ class Outbox:
             if fork.fork_group > len(task.codes):
                 continue
             job.forks.remove(fork)
+            if fork.ended:
+                continue
             given = torch.cat(task.codes)[: fork.fork_group * Q].tolist()
             noise = fork.request.noise_seed
             for child in fork.tasks:
@@ -104,6 +108,10 @@ class Outbox:
 
     def _result(self, task: Task, picture: Shipment | None) -> None:
         image = None if picture is None else picture.unpack()[0].clone()
+        with self.changed:
+            if task.job.error is not None:  # a listener has raised since
+                return
+            self.counts.add(finished=1)
         task.job.finish(task, image)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from dar_fast.config import PriorConfig, TokenizerConfig
 from dar_fast.flow import SOLVERS, Solver, group_start
 from dar_fast.request import MAX_STEPS
-from dar_fast.sampling import Sampling, resolve_seeds
+from dar_fast.sampling import MAX_SEED, Sampling, resolve_seeds
 
 Output = Literal["image", "codes"]
 OUTPUTS: tuple[Output, ...] = ("image", "codes")
@@ -125,6 +125,8 @@ def _prefix(codes: Sequence[int] | Tensor, config: TokenizerConfig) -> tuple[int
 
 
 def _check_best_of(best: BestOf, groups: int, output: str, scorers: Sequence[str]) -> None:
+    if not isinstance(best, BestOf):
+        raise TypeError(f"best_of: expected a BestOf, got {type(best).__name__}")
     _integer("best_of.count", best.count, 2, 2**16)
     if output != "image":
         raise ValueError(
@@ -163,6 +165,9 @@ def check_request(
     label = _integer("label", request.label, 0, prior.num_classes - 1)
     if not isinstance(request.sampling, Sampling):
         raise TypeError(f"sampling: expected a Sampling, got {type(request.sampling).__name__}")
+    request.sampling.check_groups(K)
+    if not isinstance(request.previews, bool):
+        raise TypeError(f"previews: expected a bool, got {request.previews!r}")
     S = tokenizer.num_steps
     if request.num_steps is not None:
         S = _integer("num_steps", request.num_steps, 1, MAX_STEPS)
@@ -184,8 +189,12 @@ def check_request(
     if request.best_of is not None:
         _check_best_of(request.best_of, groups, request.output, scorers)
         count = request.best_of.count
+    if request.seed is not None:
+        _integer("seed", request.seed, 0, MAX_SEED - count + 1)
     seeds = resolve_seeds(request.seed, count)
-    noise = None if request.noise_seed is None else resolve_seeds(request.noise_seed, 1)[0]
+    noise = request.noise_seed
+    if noise is not None:
+        _integer("noise_seed", noise, 0, MAX_SEED)
     sampling = request.sampling
     guidance = tuple(sampling.scales(N).tolist())
     reads = tuple(group_start(i, S, K, N) // Q + 1 for i in range(S))

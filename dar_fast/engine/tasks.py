@@ -56,6 +56,8 @@ class Task:
     def can_step(self) -> bool:
         if self.stepping or self.ended or self.stepped >= self.plan.steps:
             return False
+        if self.inherited:  # the token lane writes the parent's codes to the slot as it draws
+            return False
         return self.plan.reads[self.stepped] <= self.drawn
 
     @property
@@ -93,8 +95,8 @@ class Job:
     """What a user submitted: one task, or the candidates of `best_of`."""
 
     request: GenerationRequest
-    handle: Handle
-    order: int  # of submission
+    handle: Handle | None  # None: it has been told the end, and goes when its user lets go
+    order: int  # of submission, the handle's number
     expires: float  # by time.monotonic()
     tasks: list[Task] = field(default_factory=list)
     submitted: float = field(default_factory=time.monotonic)
@@ -103,6 +105,7 @@ class Job:
     previews: dict[int, Preview] = field(default_factory=dict)  # of candidates that wait
     forks: list["Job"] = field(default_factory=list)  # that wait for codes of this one
     fork_group: int = 0
+    error: Exception | None = None  # why it has no result; the user may yet have to be told
 
     @property
     def undecided(self) -> bool:
@@ -115,7 +118,12 @@ class Job:
 
     def tell(self, event: Event) -> None:
         """To the user; raises what the user's listener raises."""
-        self.handle._tell(event)
+        handle = self.handle
+        if handle is None:
+            return
+        if isinstance(event, Finished | Failed):
+            self.handle = None
+        handle._tell(event)
 
     def fail(self, error: Exception) -> None:
         """End without a result."""

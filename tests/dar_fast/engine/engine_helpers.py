@@ -13,7 +13,7 @@ from dar_fast.sampling import Sampling
 
 LONG = 60.0  # seconds: a wait that takes longer has failed; the machine may be busy
 PICTURE = 2e-5  # relative norm between the engine's picture and the plain path's
-NAMES = ("dar tokens", "dar diffusion", "dar delivery")
+NAMES = ("dar tokens", "dar diffusion", "dar delivery", "dar closing")
 
 
 @dataclass(frozen=True)
