@@ -38,6 +38,8 @@ class ModelOptions:
     """cpu, cuda, cuda:1, …"""
     dtype: Dtype = None
     """Type of the weights: float32, bfloat16 or float16."""
+    prior_weights: Annotated[Literal["as-given", "int8", "fp8"], arg(metavar="FORM")] = "as-given"
+    """The prior's products as the model has them, or in one byte a weight: int8, on a GPU fp8."""
 
     def load(self) -> "DARPipeline":
         """The pipeline.
@@ -47,10 +49,15 @@ class ModelOptions:
             CheckpointError, OSError: where the model cannot be read.
         """
         with working(f"loading {self.model}"):
+            from dar_fast.engine import EngineConfig
             from dar_fast.pipeline import DARPipeline
 
+            form = self.prior_weights
             return DARPipeline.from_pretrained(
-                self.model, device=check_device(self.device), dtype=torch_dtype(self.dtype)
+                self.model,
+                device=check_device(self.device),
+                dtype=torch_dtype(self.dtype),
+                engine=EngineConfig(prior_weights="as given" if form == "as-given" else form),
             )
 
 
