@@ -26,7 +26,8 @@ class EngineConfig:
         diffusion_batch: pictures in one evaluation of the pixel DiT; None: by their patches.
         overlap: draw codes and take solver steps at the same time.
         deterministic: the bits of a picture are the same whoever else is in flight: every picture
-            is evaluated in a batch of its own, which costs what batching brings.
+            is evaluated in a batch of its own, and on a CPU by as many threads throughout. It costs
+            what batching brings, and the cores that the token lane leaves idle.
         threads: processor cores; None: torch.get_num_threads().
         capture: CUDA graphs of the lanes' work, on a GPU.
 

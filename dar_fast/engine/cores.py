@@ -15,12 +15,15 @@ import torch
 
 
 class Cores:
-    """Splits `total` cores: the token lane has a quarter, at least one, while both lanes work."""
+    """Splits `total` cores: the token lane has a quarter, at least one, while both lanes work.
 
-    def __init__(self, total: int) -> None:
+    With `fixed` always: small fp32 products have other bits with another number of threads.
+    """
+
+    def __init__(self, total: int, fixed: bool = False) -> None:
         if total < 1:
             raise ValueError(f"threads: expected at least 1, got {total}")
-        self.total = total
+        self.total, self.fixed = total, fixed
         self.tokens_share = max(1, total // 4)
         self._changed = threading.Condition()
         self._tokens = 0  # cores that the token lane has
@@ -40,7 +43,7 @@ class Cores:
             finally:
                 self._wanted = False
             free = max(1, self.total - self._diffusion)  # one core is for both
-            self._tokens = free if alone else min(free, self.tokens_share)
+            self._tokens = free if alone and not self.fixed else min(free, self.tokens_share)
             self._changed.notify_all()
         try:
             torch.set_num_threads(self._tokens)  # of this thread
@@ -72,7 +75,7 @@ class Cores:
             self._take()
 
     def _take(self) -> None:
-        taken = max(self._tokens, self.tokens_share if self._wanted else 0)
+        taken = max(self._tokens, self.tokens_share if self._wanted or self.fixed else 0)
         cores = max(1, self.total - taken)
         if cores != self._diffusion:
             self._diffusion = cores

@@ -86,7 +86,8 @@ class Machine:
         self.streams = Streams(device)
         scheduler = Scheduler(PagePool(pages), slots, config.max_queue, tokenizer.config.group_size)
         self.board = Board(scheduler, scorers(prior))
-        cores = Cores(config.threads or torch.get_num_threads()) if kind == "cpu" else None
+        threads = config.threads or torch.get_num_threads()
+        cores = Cores(threads, config.deterministic) if kind == "cpu" else None
         turn = contextlib.nullcontext() if config.overlap else threading.Lock()
         largest = 1 if config.deterministic else batch
         work = launcher(self.state, largest, config)
