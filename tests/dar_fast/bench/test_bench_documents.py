@@ -2,6 +2,7 @@
 
 import json
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -10,10 +11,9 @@ from PIL import Image
 from dar_fast.bench import measure, plot
 from dar_fast.bench.floors import codes_bytes, picture_floor, step_flops
 from dar_fast.bench.latency import latency
-from dar_fast.bench.models import Plain, Subject, unpacked
+from dar_fast.bench.models import make_subject
 from dar_fast.bench.report import latency_lines, throughput_lines
 from dar_fast.bench.throughput import throughput
-from dar_fast.models.layers import pack
 from dar_kernels import native
 
 QUANTISED = ("int8",) if native.missing() is None else ()
@@ -28,13 +28,11 @@ def _small_products():
 
 
 @pytest.fixture(scope="module")
-def subject():
-    from conftest import make_tiny_pipeline
-
-    pipe = make_tiny_pipeline().to(dtype=torch.bfloat16)
-    plain = Plain(prior=pipe.prior, tokenizer=unpacked(pipe.tokenizer))
-    pack(pipe.tokenizer.pixel_dit)
-    return Subject(name="tiny", prior=pipe.prior, tokenizer=pipe.tokenizer, plain=plain)
+def subject(tiny_pipeline):
+    prior, tokenizer = (
+        deepcopy(part).to(torch.bfloat16) for part in (tiny_pipeline.prior, tiny_pipeline.tokenizer)
+    )
+    return make_subject("tiny", prior, tokenizer)
 
 
 @pytest.fixture(scope="module")
