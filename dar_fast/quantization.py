@@ -103,6 +103,13 @@ def check_weight_form(form: object, device: torch.device) -> None:
         )
 
 
+def stored_form(prior: Prior) -> WeightForm:
+    """The one-byte form that the prior keeps, where its device decodes from it; else "as given"."""
+    kept = stored_quantization(prior)
+    can = ONE_BYTE.get(prior.device.type, tuple(DTYPES))
+    return kept if kept is not None and kept in can else "as given"
+
+
 def engine_weights(prior: Prior, form: WeightForm = "as given") -> DecoderWeights:
     """The weights of `prior` as decoding reads them, on its device.
 

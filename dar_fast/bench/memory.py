@@ -111,9 +111,9 @@ def memory(
         plan_for: a device type; where it is not the one here nothing is measured.
         say: told of every figure.
     """
-    from dar_fast.engine.config import PriorWeights
     from dar_fast.engine.memory import available_memory
     from dar_fast.engine.plan import largest_batch, plan_memory
+    from dar_fast.quantization import WeightForm
 
     prior, tokenizer = spec.configs()
     native = NAMES.get(spec.number, str(spec.number))
@@ -127,7 +127,7 @@ def memory(
         for batch in batches:
             plan = plan_memory(
                 prior, tokenizer, max_requests=batch, dtype=spec.number,
-                weights_dtype=cast("PriorWeights", AS_GIVEN if kind == native else kind),
+                weights_dtype=cast("WeightForm", AS_GIVEN if kind == native else kind),
                 device_type=kind_of_device,
             )  # fmt: skip
             rows.append(

@@ -9,7 +9,7 @@ from dar_fast.sampling import Sampling
 
 if TYPE_CHECKING:
     from dar_fast.engine import Engine
-    from dar_fast.engine.config import PriorWeights
+    from dar_fast.quantization import WeightForm
 
 SCALE = 4.0  # of guidance: two rows a request
 AS_GIVEN = "as given"
@@ -37,7 +37,7 @@ def start_engine(
 
     kept = AS_GIVEN if weights == subject.weights else weights
     config = EngineConfig(
-        max_requests=max_requests, prior_weights=cast("PriorWeights", kept), overlap=overlap
+        max_requests=max_requests, prior_weights=cast("WeightForm", kept), overlap=overlap
     )
     return Engine(subject.prior, subject.tokenizer, config)
 

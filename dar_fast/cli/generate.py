@@ -42,6 +42,7 @@ def sample(
     out: Annotated[str, arg(metavar="PATH")] = "samples.png",
     animate: Annotated[Path | None, arg(metavar="X.webp", help_behavior_hint="")] = None,
     scale: Scale = None,
+    compile: bool = False,
     drawing: OmitArgPrefixes[DrawOptions] = DRAWING,
     model: OmitArgPrefixes[ModelOptions] = MODEL,
     json: Json = False,
@@ -54,6 +55,7 @@ def sample(
         out: One contact sheet (.png), or a folder (it exists, or ends in /) for a file a picture.
         animate: Also write an animated WebP of the sheet sharpening.
         scale: Enlarge pictures by this whole factor; in a folder they stay as they are.
+        compile: Compile the models by torch.compile first; pays for many pictures only.
         json: Print one JSON document.
     """
     from dar_fast.cli.save import check_output, is_folder, save_animation, save_png
@@ -68,6 +70,8 @@ def sample(
         check_output("animate", animate, ".webp")
     settings = drawing.settings()
     pipe = model.load()
+    if compile:
+        pipe.compile()
     ids, names, seeds = plan(pipe, labels, n, drawing.seed)
     drawn = draw(pipe, ids, seeds, settings, batch_size=drawing.batch_size)
 

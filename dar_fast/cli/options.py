@@ -38,8 +38,11 @@ class ModelOptions:
     """cpu, cuda, cuda:1, …"""
     dtype: Dtype = None
     """Type of the weights: float32, bfloat16 or float16."""
-    prior_weights: Annotated[Literal["as-given", "int8", "fp8"], arg(metavar="FORM")] = "as-given"
-    """The prior's products as the model has them, or in one byte a weight: int8, on a GPU fp8."""
+    prior_weights: Annotated[
+        Literal["int8", "fp8"] | None,
+        arg(metavar="int8|fp8", help_behavior_hint="(default: as the folder stores them)"),
+    ] = None
+    """Keep the prior's products in one byte a weight; fp8 needs a GPU."""
 
     def load(self) -> "DARPipeline":
         """The pipeline.
@@ -52,12 +55,11 @@ class ModelOptions:
             from dar_fast.engine import EngineConfig
             from dar_fast.pipeline import DARPipeline
 
-            form = self.prior_weights
             return DARPipeline.from_pretrained(
                 self.model,
                 device=check_device(self.device),
                 dtype=torch_dtype(self.dtype),
-                engine=EngineConfig(prior_weights="as given" if form == "as-given" else form),
+                engine=EngineConfig(prior_weights=self.prior_weights or "as stored"),
             )
 
 

@@ -5,9 +5,9 @@ from typing import Literal
 
 from dar_fast.config import TokenizerConfig
 
-PriorWeights = Literal["as given", "int8", "fp8"]
+PriorWeights = Literal["as stored", "as given", "int8", "fp8"]
 PageDtype = Literal["as weights", "fp32", "fp16", "bf16", "fp8", "int8"]
-PRIOR_WEIGHTS: tuple[PriorWeights, ...] = ("as given", "int8", "fp8")
+PRIOR_WEIGHTS: tuple[PriorWeights, ...] = ("as stored", "as given", "int8", "fp8")
 PAGE_DTYPES: tuple[PageDtype, ...] = ("as weights", "fp32", "fp16", "bf16", "fp8", "int8")
 MAX_REQUESTS = {"cpu": 16, "cuda": 64}
 BATCH_PATCHES = {"cpu": 1024, "cuda": 16_384}  # a diffusion batch: more brings no more speed
@@ -22,7 +22,9 @@ class EngineConfig:
         max_queue: requests that wait at most.
         num_pages: pages of 32 keys and values a layer; None: enough for max_requests with guidance.
         page_dtype: of these pages; on a CPU "as weights" (fp32 or bf16) only.
-        prior_weights: of the prior's products: as the module has them, or one byte each.
+        prior_weights: of the prior's products: "as given", as the module has them; "int8" or
+            "fp8", one byte each; "as stored": one byte each where the model's folder holds them
+            so and the device decodes from that, else as given; `stats` says which.
         diffusion_batch: pictures in one evaluation of the pixel DiT; None: by their patches.
         overlap: draw codes and take solver steps at the same time.
         deterministic: the bits of a picture are the same whoever else is in flight: every picture
@@ -39,7 +41,7 @@ class EngineConfig:
     max_queue: int = 1024
     num_pages: int | None = None
     page_dtype: PageDtype = "as weights"
-    prior_weights: PriorWeights = "as given"
+    prior_weights: PriorWeights = "as stored"
     diffusion_batch: int | None = None
     overlap: bool = True
     deterministic: bool = False

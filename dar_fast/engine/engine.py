@@ -177,8 +177,8 @@ class Engine:
         return self._machine.stats()
 
     def memory(self) -> dict[str, int]:
-        """Bytes by part."""
-        return self._machine.memory()
+        """Bytes of weights, slots and pages."""
+        return dict(self._machine.memory)
 
     def close(self, drain: bool = False) -> None:
         """Take no more requests, cancel those in flight, or with `drain` finish them; then stop.

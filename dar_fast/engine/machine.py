@@ -3,9 +3,11 @@
 import atexit
 import contextlib
 import threading
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from dar_fast.engine.board import Board
 from dar_fast.engine.conditions import Conditions
@@ -23,6 +25,7 @@ from dar_fast.engine.slots import SlotState
 from dar_fast.engine.stats import Stats
 from dar_fast.engine.streams import Streams
 from dar_fast.models import Prior, Tokenizer
+from dar_fast.quantization import WeightForm, stored_form
 
 
 def _check_parts(prior: Prior, tokenizer: Tokenizer) -> None:
@@ -43,7 +46,9 @@ def _check_parts(prior: Prior, tokenizer: Tokenizer) -> None:
             raise ValueError(f"tokenizer: expected the prior's {ours} {name}, got {theirs}")
 
 
-def _requests(prior: Prior, tokenizer: Tokenizer, config: EngineConfig) -> int:
+def _requests(
+    prior: Prior, tokenizer: Tokenizer, config: EngineConfig, prior_weights: WeightForm
+) -> int:
     """Requests in flight: as configured, where they fit; by default at most half of what is free.
 
     Raises:
@@ -55,7 +60,7 @@ def _requests(prior: Prior, tokenizer: Tokenizer, config: EngineConfig) -> int:
     wanted = config.max_requests or MAX_REQUESTS[device.type]
     plan = plan_memory(
         prior.config, tokenizer.config, max_requests=wanted, dtype=tokenizer.dtype,
-        weights_dtype=config.prior_weights, page_dtype=DTYPES[config.page_dtype],
+        weights_dtype=prior_weights, page_dtype=DTYPES[config.page_dtype],
         diffusion_batch=config.diffusion_batch, device_type=device.type,
         num_pages=config.num_pages, capture=config.capture,
     )  # fmt: skip
@@ -69,20 +74,26 @@ def _requests(prior: Prior, tokenizer: Tokenizer, config: EngineConfig) -> int:
     return wanted
 
 
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 class Machine:
     """The lanes of one engine and what they work on; knows nothing of the engine itself."""
 
     def __init__(self, prior: Prior, tokenizer: Tokenizer, config: EngineConfig) -> None:
         _check_parts(prior, tokenizer)
-        self.prior, self.tokenizer = prior, tokenizer
+        self.prior_weights: WeightForm = (
+            stored_form(prior) if config.prior_weights == "as stored" else config.prior_weights
+        )
         prior.eval()
         tokenizer.eval()
         device = tokenizer.device
         kind = device.type
-        slots = _requests(prior, tokenizer, config)
+        slots = _requests(prior, tokenizer, config, self.prior_weights)
         pages = config.num_pages or slots * request_pages(prior.config.num_tokens, 2)
         batch = pictures_a_batch(tokenizer.config, slots, config.diffusion_batch, kind)
-        self.state = SlotState(tokenizer, slots)
+        state = SlotState(tokenizer, slots)
         self.streams = Streams(device)
         scheduler = Scheduler(PagePool(pages), slots, config.max_queue, tokenizer.config.group_size)
         self.board = Board(scheduler, scorers(prior))
@@ -90,47 +101,50 @@ class Machine:
         cores = Cores(threads, config.deterministic) if kind == "cpu" else None
         turn = contextlib.nullcontext() if config.overlap else threading.Lock()
         largest = 1 if config.deterministic else batch
-        work = launcher(self.state, largest, config)
-        conditions = Conditions(tokenizer, self.state, config.deterministic, work)
+        work = launcher(state, largest, config)
+        conditions = Conditions(tokenizer, state, config.deterministic, work)
         diffusion = Diffusion(
-            tokenizer, self.state, config.deterministic, work, cores.adjust if cores else None
+            tokenizer, state, config.deterministic, work, cores.adjust if cores else None
         )
-        self.implementation, self.runner = token_runner(prior, self.state, pages, config)
-        self.lanes: tuple[Lane, ...] = (
-            TokenLane(self.board, self.streams, turn, self.runner, self.state.codes, cores),
+        self.implementation, runner = token_runner(prior, state, pages, config, self.prior_weights)
+        self.memory = {
+            "prior": _bytes(prior.parameters()),
+            "tokenizer": _bytes(tokenizer.parameters()),
+            "slots": sum(state.bytes.values()),
+            "pages": _bytes(part for part in runner.pages if part is not None),
+        }
+        self.lanes: list[Lane] = [
+            TokenLane(self.board, self.streams, turn, runner, state.codes, cores),
             DiffusionLane(self.board, self.streams, turn, conditions, diffusion, batch, cores),
-        )
+        ]
         self.threads = [lane.thread for lane in self.lanes] + [self.board.delivery.thread]
+        self._seconds = (0.0, 0.0)
         for thread in self.threads:
             thread.start()
         atexit.register(self.close)  # a thread that still computes would crash the exit
 
     def stats(self) -> Stats:
         """Of the board, with the time that the lanes were at work."""
-        tokens, diffusion = self.lanes
+        tokens, diffusion = [lane.seconds for lane in self.lanes] or self._seconds
         return replace(
             self.board.stats(),
             decode_step=self.implementation,
-            tokens_seconds=tokens.seconds,
-            diffusion_seconds=diffusion.seconds,
+            prior_weights=self.prior_weights,
+            tokens_seconds=tokens,
+            diffusion_seconds=diffusion,
         )
 
-    def memory(self) -> dict[str, int]:
-        """Bytes of weights, slots and pages."""
-        weights = {
-            name: sum(p.numel() * p.element_size() for p in part.parameters())
-            for name, part in (("prior", self.prior), ("tokenizer", self.tokenizer))
-        }
-        pages = sum(p.numel() * p.element_size() for p in self.runner.pages if p is not None)
-        return weights | {"slots": sum(self.state.bytes.values()), "pages": pages}
-
     def close(self, drain: bool = False) -> None:
-        """Stop, and wait until the threads are gone; one of them, a listener's, does not wait."""
+        """Stop, wait until the threads are gone, free what they had; a listener does not wait."""
         self.board.close(drain)
         if threading.current_thread() not in self.threads:
             for thread in self.threads:
                 thread.join()
             atexit.unregister(self.close)
+            if self.lanes:
+                tokens, diffusion = self.lanes
+                self._seconds = tokens.seconds, diffusion.seconds
+                self.lanes.clear()  # and with them slots, pages and graphs
 
     def abandon(self) -> None:
         """Close, and wait for nothing: the collector may call it in a thread that holds locks."""

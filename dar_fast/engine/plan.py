@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from dar_fast.config import PriorConfig, TokenizerConfig
-from dar_fast.engine.config import PriorWeights, pictures_a_batch
+from dar_fast.engine.config import pictures_a_batch
 from dar_fast.engine.graphs import buckets
 from dar_fast.engine.pages import request_pages
 from dar_fast.engine.parameters import (
@@ -31,6 +31,7 @@ from dar_fast.engine.parameters import (
     tokenizer_parameters,
 )
 from dar_fast.engine.slots import slot_bytes
+from dar_fast.quantization import WeightForm
 from dar_kernels.linear import packs
 from dar_kernels.pages import LARGEST_CODE, PAGE_SIZE
 
@@ -47,7 +48,7 @@ class Sizes:
     prior: PriorConfig
     tokenizer: TokenizerConfig
     dtype: torch.dtype
-    weights_dtype: PriorWeights
+    weights_dtype: WeightForm
     page_dtype: torch.dtype
     diffusion_batch: int | None
     device_type: str
@@ -179,7 +180,7 @@ def plan_memory(
     *,
     max_requests: int,
     dtype: torch.dtype,
-    weights_dtype: PriorWeights = "as given",
+    weights_dtype: WeightForm = "as given",
     page_dtype: torch.dtype | None = None,
     diffusion_batch: int | None = None,
     device_type: str = "cuda",

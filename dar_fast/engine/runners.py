@@ -10,7 +10,7 @@ from dar_fast.engine.rows import TokenRunner
 from dar_fast.engine.slots import Direct, Launcher, SlotState
 from dar_fast.engine.tokens import NativeTokens
 from dar_fast.models import Prior
-from dar_fast.quantization import engine_weights
+from dar_fast.quantization import WeightForm, engine_weights
 from dar_kernels.decode_step import OP
 from dar_kernels.dispatch import UnavailableError
 
@@ -28,7 +28,7 @@ def capture_of(device: torch.device, config: EngineConfig) -> Capture:
 
 
 def token_runner(
-    prior: Prior, state: SlotState, pages: int, config: EngineConfig
+    prior: Prior, state: SlotState, pages: int, config: EngineConfig, prior_weights: WeightForm
 ) -> tuple[str, TokenRunner]:
     """What draws: `decode_step`'s implementation that is preferred, or the first that can run.
 
@@ -36,7 +36,7 @@ def token_runner(
         TypeError, ValueError: where pages or weights cannot be.
         UnavailableError: where the device has no kernels for them.
     """
-    weights = engine_weights(prior, config.prior_weights)
+    weights = engine_weights(prior, prior_weights)
     chosen = OP.pick(prior.device.type, prior.head.weight.dtype)
     page_dtype = DTYPES[config.page_dtype]
     if chosen == "native":

@@ -8,6 +8,7 @@ class Stats:
     """Counts since the engine started, and what it holds now; seconds by wall clock."""
 
     decode_step: str = ""  # the implementation that draws codes
+    prior_weights: str = ""  # "as given", or one byte each
     queued: int = 0  # requests that wait now
     running: int = 0  # candidates that hold a slot now
     pages_used: int = 0

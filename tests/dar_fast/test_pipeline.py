@@ -43,7 +43,7 @@ class Gate:
 
     def __init__(self, pipe: DARPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
         self._open = threading.Semaphore(0)
-        runner = pipe.engine._machine.runner
+        runner = pipe.engine._machine.lanes[0].runner  # type: ignore[attr-defined]
         run = runner.run
 
         def wait(rows: Any) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dar_fast.engine import Engine, EngineConfig, GenerationRequest
 from dar_fast.models.quantized import Product
 from dar_fast.quantization import (
     DTYPES,
@@ -234,3 +235,22 @@ def test_a_refused_weight_leaves_the_prior_as_it_was(prior):
     after = prior.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(product.quantized is None for product in products(prior).values())
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "form"),
+    [
+        (None, "as stored", "as given"),
+        ("int8", "as stored", "int8"),
+        ("int8", "as given", "as given"),
+        ("fp8", "as stored", "as given"),  # of which a CPU has no kernels
+        (None, "int8", "int8"),
+    ],
+)
+def test_an_engine_draws_with_what_is_stored(fresh_pipeline, stored, asked, form):
+    if stored is not None:
+        quantize_prior(fresh_pipeline.prior, stored)
+    config = EngineConfig(max_requests=1, prior_weights=asked)
+    with Engine(fresh_pipeline.prior, fresh_pipeline.tokenizer, config) as engine:
+        assert engine.stats().prior_weights == form
+        assert len(engine.generate([GenerationRequest(label=0, seed=1)])[0].codes) == 16

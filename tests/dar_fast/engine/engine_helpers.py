@@ -27,16 +27,17 @@ class Plain:
 
 
 @torch.no_grad()
-def plain(parts, request, noise_seed=None):
-    """Codes by `Prior.generation` with torch's own ops, pictures by a trajectory of their own."""
+def plain(parts, request, noise_seed=None, implementation="torch"):
+    """Codes by `Prior.generation`, with torch's own ops, pictures by a trajectory of their own."""
     prior, tokenizer = parts.prior, parts.tokenizer
     c = tokenizer.config
     Q = c.group_size
     groups = c.num_groups if request.num_groups is None else request.num_groups
     prefix = torch.as_tensor(request.prefix_codes, dtype=torch.int64)[: groups * Q]
     steps = prior.generation(
-        torch.tensor([request.label]), request.sampling, [request.seed], prefix[None], Q, "torch"
-    )
+        torch.tensor([request.label]), request.sampling, [request.seed], prefix[None], Q,
+        implementation,
+    )  # fmt: skip
     codes = torch.cat([next(steps) for _ in range(groups)], dim=1)
     if request.output == "codes":
         return Plain(codes[0], [], [], None)
@@ -172,7 +173,11 @@ class Gate:
 def held(engine, lane="tokens"):
     """The gate of one lane, open at the end whatever happens."""
     machine = engine._machine
-    owner, name = (machine.runner, "run") if lane == "tokens" else (diffusion(engine), "step")
+    owner, name = {
+        "tokens": (machine.lanes[0].runner, "run"),
+        "diffusion": (diffusion(engine), "step"),
+        "pictures": (machine.lanes[1], "work"),  # before it takes its cores
+    }[lane]
     gate = Gate(owner, name)
     try:
         yield gate

@@ -225,7 +225,7 @@ def test_a_fork_takes_over_pages_of_a_running_parent(tiny_pipeline, engine):
         if isinstance(event, GroupDrawn) and event.group == 1:
             two.set()
 
-    run, batches = engine._machine.runner.run, []
+    run, batches = engine._machine.lanes[0].runner.run, []
 
     def slow(rows):
         batches.append([row.position for row in rows])
@@ -234,7 +234,7 @@ def test_a_fork_takes_over_pages_of_a_running_parent(tiny_pipeline, engine):
         return run(rows)
 
     forked = threading.Event()
-    engine._machine.runner.run = slow
+    engine._machine.lanes[0].runner.run = slow
     handle = engine.submit(parent, listener)
     assert two.wait(LONG)
     forks = [engine.fork(handle, 1, seed=50), engine.fork(handle, 2, seed=51)]
