@@ -42,7 +42,7 @@ def sample(
     out: Annotated[str, arg(metavar="PATH")] = "samples.png",
     animate: Annotated[Path | None, arg(metavar="X.webp", help_behavior_hint="")] = None,
     scale: Scale = None,
-    compile: bool = False,
+    compile: Annotated[bool, arg(help_behavior_hint="")] = False,
     drawing: OmitArgPrefixes[DrawOptions] = DRAWING,
     model: OmitArgPrefixes[ModelOptions] = MODEL,
     json: Json = False,
@@ -55,7 +55,7 @@ def sample(
         out: One contact sheet (.png), or a folder (it exists, or ends in /) for a file a picture.
         animate: Also write an animated WebP of the sheet sharpening.
         scale: Enlarge pictures by this whole factor; in a folder they stay as they are.
-        compile: Compile the models by torch.compile first; pays for many pictures only.
+        compile: Draw by torch.compile; the first pictures wait for the compiler.
         json: Print one JSON document.
     """
     from dar_fast.cli.save import check_output, is_folder, save_animation, save_png

@@ -54,6 +54,14 @@ def test_sample_writes_one_sheet_with_its_settings(dar: Dar, model: str, here: P
     assert about["model"] == model and about["version"]
 
 
+def test_sample_compiles_where_asked(dar: Dar, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[DARPipeline] = []
+    monkeypatch.setattr(DARPipeline, "compile", lambda self: compiled.append(self) or self)
+    for flags, count in (((), 0), (("--compile",), 1)):
+        assert dar("sample", "4", *flags, "--model", model, "--json").status == 0
+        assert len(compiled) == count
+
+
 def test_sample_without_a_label_spreads(dar: Dar, model: str) -> None:
     done = dar("sample", "--model", model, "--json")
     assert done.status == 0
