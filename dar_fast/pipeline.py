@@ -4,7 +4,6 @@ Source: arXiv 2505.23660, §3.
 """
 
 import os
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
@@ -22,16 +21,16 @@ from dar_fast.checkpoint.pipeline_folder import (
 )
 from dar_fast.engine import Engine, EngineConfig
 from dar_fast.engine.batch import batch_frames
+from dar_fast.engine.keeper import EngineKeeper
 from dar_fast.flow import Solver
 from dar_fast.frames import Frame, draw_frames
 from dar_fast.images import Images, OutputType, convert_images
 from dar_fast.labels import ClassLabels, label_ids
 from dar_fast.models import Prior, Tokenizer
-from dar_fast.models.layers import pack
+from dar_fast.models.layers import ProductDtype
 from dar_fast.outputs import PipelineEvent, PipelineOutput
 from dar_fast.request import Request, Seeds, StepCallback, make_request
 from dar_fast.sampling import GuidanceScale, Temperature
-from dar_kernels.dispatch import preferred
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -55,6 +54,7 @@ class DARPipeline:
         tokenizer: Tokenizer,
         labels: Sequence[str] | Mapping[str, int] | None = None,
         engine: EngineConfig | None = None,
+        dit_products: ProductDtype = "as given",
     ) -> None:
         if not isinstance(prior, Prior):
             raise TypeError(f"prior: expected a Prior, got {type(prior).__name__}")
@@ -67,10 +67,8 @@ class DARPipeline:
         self.labels = check_parts(prior, tokenizer, labels)
         self.prior = prior.eval()
         self.tokenizer = tokenizer.eval()
-        self.engine_config = EngineConfig() if engine is None else engine
-        self._engine: Engine | None = None
-        self._engine_key: object = None
-        self._engine_lock = threading.Lock()
+        self._keeper = EngineKeeper(prior, tokenizer, engine or EngineConfig())
+        self._dit_products = dit_products
         self._compiled = False
 
     @classmethod
@@ -80,6 +78,7 @@ class DARPipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         engine: EngineConfig | None = None,
+        dit_products: ProductDtype = "as given",
     ) -> Self:
         """The pipeline of a folder that `save_pretrained` wrote, or "demo", the embedded model.
 
@@ -89,18 +88,21 @@ class DARPipeline:
             dtype: of the weights; by default fp32 on the CPU, bf16 on a GPU. In bf16 on a CPU the
                 pixel DiT keeps a second copy of them, in the order that its products read.
             engine: how the engine is made that calls go through.
+            dit_products: "fp8": the pixel DiT's large products in fp8, with scales of rows and
+                channels; faster on a GPU of capability 9.0 or more, exact and slow on a CPU.
 
         Raises:
             CheckpointError: where the folder is missing, incomplete or corrupt.
             TypeError, ValueError: where device or dtype is none.
+            UnavailableError: where the device has no fp8 products.
         """
         place = pick_device(device)
         parts = load_parts(path, place, pick_dtype(dtype, place))
         try:
-            pipeline = cls(parts.prior, parts.tokenizer, parts.labels, engine)
+            pipeline = cls(parts.prior, parts.tokenizer, parts.labels, engine, dit_products)
         except ValueError as error:
             raise CheckpointError(f"{os.fspath(path)}: {error}") from error
-        pack(pipeline.tokenizer.pixel_dit)
+        pipeline.tokenizer.pixel_dit.pack(dit_products)
         return pipeline
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
@@ -126,24 +128,11 @@ class DARPipeline:
     def engine(self) -> Engine:
         """The engine that calls and streams go through; made at first use, and again where the
         weights have moved or another implementation is preferred (`dar_kernels.prefer`)."""
-        parts = (self.prior.head.weight, self.tokenizer.quantizer.codebook)
-        key = (preferred(), *((w.data_ptr(), w.dtype, w.device) for w in parts))
-        with self._engine_lock:
-            if self._engine is None or self._engine.closed or self._engine_key != key:
-                self._close_engine()
-                self._engine = Engine(self.prior, self.tokenizer, self.engine_config)
-                self._engine_key = key
-            return self._engine
+        return self._keeper.engine()
 
     def close(self) -> None:
         """Stop the engine's threads and free its memory; the next call makes another one."""
-        with self._engine_lock:
-            self._close_engine()
-
-    def _close_engine(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        self._keeper.close()
 
     def to(
         self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
@@ -152,7 +141,7 @@ class DARPipeline:
         self.close()
         for module in (self.prior, self.tokenizer):
             module.to(device=device, dtype=dtype)
-        pack(self.tokenizer.pixel_dit)
+        self.tokenizer.pixel_dit.pack(self._dit_products)
         return self
 
     def compile(self, mode: str | None = None, *, backend: str = "inductor") -> Self:

@@ -25,7 +25,7 @@ class AsyncHandle:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events: asyncio.Queue[Event | None] = asyncio.Queue()  # None: there are no more
         self._end: asyncio.Future[Finished | Failed] = self._loop.create_future()
         self.handle: Handle
 
@@ -37,14 +37,13 @@ class AsyncHandle:
         self._events.put_nowait(event)
         if isinstance(event, Finished | Failed) and not self._end.done():
             self._end.set_result(event)
+            self._events.put_nowait(None)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         """Events that no other iteration has taken; the last one is Finished or Failed."""
-        while not (self._end.done() and self._events.empty()):
-            event = await self._events.get()
+        while (event := await self._events.get()) is not None:
             yield event
-            if isinstance(event, Finished | Failed):
-                return
+        self._events.put_nowait(None)  # other iterations end by it too
 
     async def result(self) -> Result:
         """The result.

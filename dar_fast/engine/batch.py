@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from dar_fast.engine.engine import Engine
-from dar_fast.engine.errors import RequestFailedError
+from dar_fast.engine.errors import QueueFullError, RequestFailedError
 from dar_fast.engine.events import Event, Failed, GroupDrawn, Preview
 from dar_fast.engine.handle import Handle
 from dar_fast.engine.request import GenerationRequest
@@ -21,23 +21,20 @@ def batch_frames(engine: Engine, request: Request, previews: bool) -> Iterator[F
 
     Raises:
         Exception: what made a picture fail, as it was raised.
-        EngineError: where the engine is closed, or full.
+        EngineError: where the engine is closed, or others fill its queue.
     """
     codes_only = request.output_type == "codes"
     handles: list[Handle] = []
     try:
         for i, seed in enumerate(request.seeds):
             given = () if request.prefix_codes is None else request.prefix_codes[i]
-            handles.append(
-                engine.submit(
-                    GenerationRequest(
-                        label=int(request.labels[i]), seed=seed, sampling=request.sampling,
-                        num_steps=request.num_steps, solver=request.solver, prefix_codes=given,
-                        num_groups=request.num_groups, previews=previews,
-                        output="codes" if codes_only else "image",
-                    )
-                )
+            one = GenerationRequest(
+                label=int(request.labels[i]), seed=seed, sampling=request.sampling,
+                num_steps=request.num_steps, solver=request.solver, prefix_codes=given,
+                num_groups=request.num_groups, previews=previews,
+                output="codes" if codes_only else "image",
             )  # fmt: skip
+            handles.append(_submit(engine, one, handles))
         events = [iter(handle) for handle in handles]
         step = 0
         if previews:
@@ -55,6 +52,18 @@ def batch_frames(engine: Engine, request: Request, previews: bool) -> Iterator[F
     finally:
         for handle in handles:
             handle.cancel()
+
+
+def _submit(engine: Engine, request: GenerationRequest, before: list[Handle]) -> Handle:
+    """Queue one, behind those of its own batch where these fill the queue."""
+    while True:
+        try:
+            return engine.submit(request)
+        except QueueFullError:
+            waiting = next((handle for handle in before if not handle.done), None)
+            if waiting is None:
+                raise
+            waiting.result()
 
 
 def _next(events: list[Iterator[Event]]) -> list[Event]:

@@ -192,8 +192,11 @@ class Board:
         nearest = min((j.expires for j in self._jobs() if not j.ended), default=float("inf"))
         return None if nearest == float("inf") else max(0.0, nearest - time.monotonic()) + 1e-3
 
-    def to_draw(self) -> list[Task]:
-        """The token lane's pick: admits, then all that can draw."""
+    def to_draw(self, *, after_first_steps: bool = False) -> list[Task]:
+        """The token lane's pick: admits, then all that can draw.
+
+        `after_first_steps`: none before every running task with codes has its first preview.
+        """
         for task in self.scheduler.admit():
             job = task.job
             job.started = job.started or time.monotonic()
@@ -201,6 +204,11 @@ class Board:
                 first = group * self.scheduler.group_size
                 codes = torch.tensor(task.plan.prefix[first : first + self.scheduler.group_size])
                 self.outbox.group(task, group, Shipment([codes[None]], Mark()), 0)
+        if after_first_steps and any(
+            task.stepped == 0 and (task.can_step or task.stepping)
+            for task in self.scheduler.running
+        ):
+            return []
         return self.scheduler.to_draw()
 
     @property

@@ -126,7 +126,9 @@ class TokenLane(Lane):
         return self.streams.tokens
 
     def pick(self) -> list[Task]:
-        tasks = self.board.to_draw()
+        # With a few cores, and all of them on a first step, its preview comes sooner and nothing
+        # is lost: they all have work, and there is enough left to overlap.
+        tasks = self.board.to_draw(after_first_steps=bool(self.cores and not self.cores.fixed))
         self.alone = not self.board.diffusion_waits
         return tasks
 

@@ -119,6 +119,7 @@ class Machine:
         ]
         self.threads = [lane.thread for lane in self.lanes] + [self.board.delivery.thread]
         self._seconds = (0.0, 0.0)
+        self._closing = threading.Lock()
         for thread in self.threads:
             thread.start()
         atexit.register(self.close)  # a thread that still computes would crash the exit
@@ -141,14 +142,15 @@ class Machine:
             for thread in self.threads:
                 thread.join()
             atexit.unregister(self.close)
-            if self.lanes:
-                tokens, diffusion = self.lanes
-                self._seconds = tokens.seconds, diffusion.seconds
-                self.lanes.clear()  # and with them slots, pages and graphs
+            with self._closing:
+                if self.lanes:
+                    self._seconds = self.lanes[0].seconds, self.lanes[1].seconds
+                    self.lanes = []  # and with them slots, pages and graphs
 
     def abandon(self) -> None:
         """Close, and wait for nothing: the collector may call it in a thread that holds locks."""
-        threading.Thread(target=self.close, name="dar closing", daemon=True).start()
+        if self.lanes:  # else it is closed, perhaps by an interpreter that ends
+            threading.Thread(target=self.close, name="dar closing").start()
 
 
 __all__ = ["Machine"]

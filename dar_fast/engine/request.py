@@ -166,6 +166,7 @@ def check_request(
     if not isinstance(request.sampling, Sampling):
         raise TypeError(f"sampling: expected a Sampling, got {type(request.sampling).__name__}")
     request.sampling.check_groups(K)
+    request.sampling.check_groups(K)
     if not isinstance(request.previews, bool):
         raise TypeError(f"previews: expected a bool, got {request.previews!r}")
     S = tokenizer.num_steps

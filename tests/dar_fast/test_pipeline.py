@@ -1,5 +1,6 @@
 """The front door against its parts: calls, streams, early stops, prefixes, seeds, callbacks."""
 
+import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor
 from dar_fast import DARPipeline
 from dar_fast.flow import SOLVERS
 from dar_fast.images import to_pil, to_unit
+from dar_kernels import prefer
 
 Q, K, N, S = 4, 4, 16, 4  # of the tiny pipeline
 LABELS, SEEDS = [2, 0, 5], [11, 7, 2**63 - 1]
@@ -331,3 +333,39 @@ def test_bf16(fresh_pipeline: DARPipeline) -> None:
     out = half([0, 1], seeds=0, output_type="pt", **prefix)
     assert out.images.dtype == torch.float32
     assert (out.images - full.images).abs().mean() < 0.05
+
+
+def test_a_copy_has_an_engine_of_its_own(fresh_pipeline: DARPipeline) -> None:
+    before = fresh_pipeline([1], seeds=5, output_type="pt")
+    twin = copy.deepcopy(fresh_pipeline)
+    assert twin.engine is not fresh_pipeline.engine
+    assert torch.equal(twin([1], seeds=5, output_type="pt").codes, before.codes)
+
+
+def test_close_frees_the_engine_and_the_next_call_makes_one(fresh_pipeline: DARPipeline) -> None:
+    before = fresh_pipeline([1], seeds=5, output_type="pt")
+    engine = fresh_pipeline.engine
+    fresh_pipeline.close()
+    assert engine.closed
+    fresh_pipeline.close()
+    assert torch.equal(fresh_pipeline([1], seeds=5, output_type="pt").codes, before.codes)
+    assert fresh_pipeline.engine is not engine
+
+
+def test_moved_weights_get_a_new_engine(fresh_pipeline: DARPipeline) -> None:
+    engine = fresh_pipeline.engine
+    assert fresh_pipeline.engine is engine
+    with prefer("torch"):
+        assert fresh_pipeline.engine.stats().decode_step == "torch"
+    fresh_pipeline.to(dtype=torch.bfloat16)
+    assert fresh_pipeline.engine is not engine
+    assert engine.closed
+
+
+def test_fp8_products_survive_a_move(fresh_pipeline: DARPipeline) -> None:
+    fresh_pipeline.to(dtype=torch.bfloat16)
+    wide = fresh_pipeline([1], seeds=5, output_type="pt")
+    pipe = DARPipeline(fresh_pipeline.prior, fresh_pipeline.tokenizer, dit_products="fp8")
+    narrow = pipe.to("cpu")([1], seeds=5, output_type="pt")
+    assert torch.equal(narrow.codes, wide.codes)
+    assert 0 < (narrow.images - wide.images).square().mean().sqrt() < 0.05
