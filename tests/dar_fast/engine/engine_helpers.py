@@ -210,3 +210,14 @@ def as_prefixed(fork_request, parent_plain, group, group_size):
 
 
 UNGUIDED = Sampling(guidance_scale=1.0)
+
+
+def scored_by(values, seen=None):
+    """A scorer that gives what it was told, and keeps what it was shown."""
+
+    def score(candidates):
+        if seen is not None:
+            seen.append(candidates)
+        return values
+
+    return score
