@@ -89,7 +89,7 @@ class DARPipeline:
                 pixel DiT keeps a second copy of them, in the order that its products read.
             engine: how the engine is made that calls go through.
             dit_products: "fp8": the pixel DiT's large products in fp8, with scales of rows and
-                channels; faster on a GPU of capability 9.0 or more, exact and slow on a CPU.
+                channels; faster on a GPU of capability 9.0 or more, computed, slowly, on a CPU.
 
         Raises:
             CheckpointError: where the folder is missing, incomplete or corrupt.

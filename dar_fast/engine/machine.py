@@ -120,6 +120,8 @@ class Machine:
         self.threads = [lane.thread for lane in self.lanes] + [self.board.delivery.thread]
         self._seconds = (0.0, 0.0)
         self._closing = threading.Lock()
+        if kind == "cuda":
+            torch.cuda.synchronize(device)  # the lanes' streams do not wait for the default one
         for thread in self.threads:
             thread.start()
         atexit.register(self.close)  # a thread that still computes would crash the exit
