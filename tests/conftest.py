@@ -2,6 +2,8 @@
 
 import os
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ if not torch.cuda.is_available():
 
 from dar_fast import DARPipeline
 from dar_fast.config import PixelDiTConfig, PriorConfig, TokenizerConfig
+from dar_fast.engine import AsyncEngine, Engine, EngineConfig
 from dar_fast.models import Prior, Tokenizer
 
 settings.register_profile(
@@ -77,3 +80,59 @@ def tiny_pipeline() -> DARPipeline:
 def fresh_pipeline() -> DARPipeline:
     """One of its own, to change or to save."""
     return make_tiny_pipeline()
+
+
+ENGINE_THREADS = ("dar tokens", "dar diffusion", "dar delivery", "dar closing")
+CLOSING = 60.0  # seconds at most, on a busy machine
+
+
+def engine_threads() -> set[threading.Thread]:
+    """Threads of engines that are not closed."""
+    return {thread for thread in threading.enumerate() if thread.name in ENGINE_THREADS}
+
+
+@pytest.fixture
+def no_new_threads():
+    """What a test made of engines is gone behind it."""
+    before = engine_threads()
+    yield
+    end = time.monotonic() + CLOSING
+    while engine_threads() - before and time.monotonic() < end:
+        time.sleep(0.001)
+    assert not engine_threads() - before
+
+
+@pytest.fixture
+def make_engine(no_new_threads, tiny_pipeline):
+    """Makes engines of the tiny pipeline, or of another one; they are closed behind the test."""
+    made = []
+
+    def make(parts=None, **config):
+        parts = tiny_pipeline if parts is None else parts
+        config = EngineConfig(**{"max_requests": 4, "threads": 1, **config})
+        made.append(Engine(parts.prior, parts.tokenizer, config))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        closer = threading.Thread(target=engine.close, daemon=True)
+        closer.start()
+        closer.join(CLOSING)
+        assert not closer.is_alive(), "close() hangs"
+
+
+@pytest.fixture
+def engine(make_engine):
+    """A small one."""
+    return make_engine()
+
+
+@pytest.fixture
+def make_async(no_new_threads, tiny_pipeline):
+    """Makes engines for asyncio; the test closes them."""
+
+    def make(**config):
+        config = EngineConfig(**{"max_requests": 4, "threads": 1, **config})
+        return AsyncEngine(tiny_pipeline.prior, tiny_pipeline.tokenizer, config)
+
+    return make

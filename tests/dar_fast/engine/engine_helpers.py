@@ -1,6 +1,5 @@
 """What the tests of the engine share: the plain path of one request, checks, waiting, gates."""
 
-import gc
 import threading
 import time
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from dar_fast.sampling import Sampling
 
 LONG = 60.0  # seconds: a wait that takes longer has failed; the machine may be busy
 PICTURE = 2e-5  # relative norm between the engine's picture and the plain path's
-NAMES = ("dar tokens", "dar diffusion", "dar delivery", "dar closing")
 
 
 @dataclass(frozen=True)
@@ -137,16 +135,6 @@ def idle(engine):
     assert stats.pages_used == 0
     ends = stats.finished + stats.failed + stats.cancelled + stats.expired
     assert stats.submitted == ends, stats
-
-
-def engine_threads():
-    return [t for t in threading.enumerate() if t.name in NAMES]
-
-
-def no_threads_left():
-    """An engine's threads are gone, soon."""
-    gc.collect()
-    until(lambda: not engine_threads(), 20)
 
 
 class Gate:

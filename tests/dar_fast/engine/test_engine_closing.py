@@ -11,7 +11,6 @@ from engine_helpers import (
     check_events,
     codes_request,
     collect,
-    engine_threads,
     held,
     idle,
     image_request,
@@ -20,6 +19,7 @@ from engine_helpers import (
     until,
 )
 
+from conftest import engine_threads
 from dar_fast.engine import (
     BestOf,
     Engine,
