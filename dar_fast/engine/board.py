@@ -160,8 +160,11 @@ class Board:
 
     # -- lanes ---------------------------------------------------------------------------------
 
-    def take(self, pick: Callable[[], list[Task]]) -> list[Task]:
-        """What `pick` finds, waiting until it finds something; empty where the engine is done."""
+    def take(self, pick: Callable[[], list[Task]], rest: Callable[[], object]) -> list[Task]:
+        """What `pick` finds, waiting until it finds something; empty where the engine is done.
+
+        `rest` is called before each wait.
+        """
         with self.changed:
             while True:
                 self._sweep()
@@ -171,6 +174,7 @@ class Board:
                 if self.closing and not self._jobs():
                     self.changed.notify_all()
                     return []
+                rest()
                 self.changed.wait(self._patience())
 
     def _sweep(self) -> None:

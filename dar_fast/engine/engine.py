@@ -30,6 +30,7 @@ from dar_fast.engine.scoring import SCORERS
 from dar_fast.engine.stats import Stats
 from dar_fast.engine.tasks import Job, Task
 from dar_fast.models import Prior, Tokenizer
+from dar_kernels.openmp import release_threads
 
 
 class Engine:
@@ -220,6 +221,7 @@ class Engine:
         with self._lock:
             number = next(self._numbers)
         board, late = self._board, request.deadline
+        release_threads()  # those of the caller, who will wait
         handle = Handle(number, lambda: board.cancel(job), listener)
         job = Job(
             request=request, handle=handle, order=number,

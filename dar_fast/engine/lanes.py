@@ -25,6 +25,7 @@ from dar_fast.engine.isolation import run_isolated
 from dar_fast.engine.rows import TokenRunner
 from dar_fast.engine.streams import Mark, Shipment, Streams
 from dar_fast.engine.tasks import Task
+from dar_kernels.openmp import release_threads
 
 log = logging.getLogger(__name__)
 AHEAD = 2  # batches that a lane's thread is ahead of the device: the device never waits for it
@@ -76,7 +77,7 @@ class Lane:
     @torch.no_grad()
     def _loop(self) -> None:
         with self.streams.on(self.stream):
-            while tasks := self.board.take(self.pick):
+            while tasks := self.board.take(self.pick, release_threads):
                 with self.turn:
                     start = time.perf_counter()
                     try:
@@ -133,8 +134,10 @@ class TokenLane(Lane):
         return tasks
 
     def work(self, tasks: list[Task]) -> None:
-        with self.cores.tokens(self.alone) if self.cores else contextlib.nullcontext():
+        with self.cores.tokens(self.alone) if self.cores else contextlib.nullcontext() as cores:
             codes = self.isolate(self._draw, tasks)
+            if cores is not None and cores > 1:
+                release_threads()  # before the other lane takes these cores
         if codes is not None:
             mark = self.streams.mark(self.stream)
             for task in tasks:

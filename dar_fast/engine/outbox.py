@@ -14,6 +14,7 @@ from dar_fast.engine.scheduler import Scheduler
 from dar_fast.engine.stats import Counts
 from dar_fast.engine.streams import Shipment
 from dar_fast.engine.tasks import Job, Task
+from dar_kernels.openmp import release_threads
 
 
 class Outbox:
@@ -97,6 +98,7 @@ class Outbox:
         pictures = torch.stack([job.previews[i].image for i in range(n)])
         given = scorer(Candidates(pictures, codes, job.request.label))
         scores = tuple(float(score) for score in given)
+        release_threads()
         if len(scores) != n or any(score != score for score in scores):
             raise ValueError(f"best_of.scorer: expected {n} numbers, got {scores}")
         with self.changed:
