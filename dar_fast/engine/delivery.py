@@ -3,6 +3,7 @@
 A listener or scorer that raises fails its own request; the lanes never wait for either.
 """
 
+import contextvars
 import logging
 import queue
 import threading
@@ -25,7 +26,12 @@ class Delivery:
         self._fail = fail
         self._items: queue.SimpleQueue[tuple[Job | None, Callable[[], None]] | None]
         self._items = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._main, name="dar delivery", daemon=True)
+        self.thread = threading.Thread(
+            target=contextvars.copy_context().run,
+            args=(self._main,),
+            name="dar delivery",
+            daemon=True,
+        )
 
     def put(self, job: Job | None, item: Callable[[], None]) -> None:
         """Run `item` after all that was put before; where it raises, `job` fails."""

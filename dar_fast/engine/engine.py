@@ -81,8 +81,8 @@ class Engine:
 
         Args:
             request: what to draw.
-            listener: called with each event, in the engine's thread; what it raises fails the
-                request.
+            listener: called with each event, in the engine's thread, so it must not wait for
+                other requests; what it raises fails this one.
 
         Raises:
             TypeError, ValueError: where the request does not fit the model.
