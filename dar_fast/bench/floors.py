@@ -77,6 +77,7 @@ class Floor(NamedTuple):
     """Seconds that n pictures take at least, in batches of b requests."""
 
     codes: float  # all decode steps
+    group: float  # those of the first group
     steps: float  # all DiT steps
     first_preview: float  # a group of codes, and one DiT step of one picture
     overlapped: float  # decode steps beside DiT steps
@@ -116,7 +117,7 @@ def picture_floor(
     codes, steps = decode(N) * pictures / batch, pictures * S * step
     group = decode(N // K)
     return Floor(
-        codes, steps, group + step, max(codes + step, group + steps), codes + steps
+        codes, group, steps, group + step, max(codes + step, group + steps), codes + steps
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """One guided picture, from its submission to the finished picture, beside its floor.
 
 The floor overlaps reading the prior's weights with the pixel DiT's products; see `floors`. Beside
-the whole: the codes alone against the bandwidth, the DiT's steps alone against the matrix rate, the
-engine that does one after the other, and the plain path.
+the whole: the codes alone, and their first group in many short turns, against the bandwidth; the
+DiT's steps alone against the matrix rate; the engine that does one after the other; the plain path.
 """
 
 import contextlib
@@ -23,6 +23,8 @@ from dar_fast.bench.plain import plain_draw
 from dar_fast.bench.turns import Say, Turns, take_turns
 
 Row = dict[str, Any]
+# a group takes half a second: many short turns meet the memory at its fastest, as the probes do
+GROUP_TURNS, GROUP_SECONDS = 12, 40.0
 
 
 def dit_steps(subject: Subject) -> Callable[[], Timing]:
@@ -83,6 +85,11 @@ def latency(
         for engine in (*engines.values(), one_lane):
             draw(engine, label, num_groups=warm_groups(subject))
         took = take_turns(subjects, roofs, turns=turns, budget=budget, say=say)
+        groups = {
+            f"group {kind}": partial(draw, engine, label, output="codes", num_groups=1)
+            for kind, engine in engines.items()
+        }
+        took |= take_turns(groups, roofs, turns=GROUP_TURNS, budget=GROUP_SECONDS, say=say)
         stats = {kind: asdict(engine.stats()) for kind, engine in engines.items()}
         host = host_work(engines[subject.weights], label, prior.num_tokens, subject.device)
     return document(subject, kinds, took, roofs) | {"engine": stats, "host": host}
@@ -144,15 +151,18 @@ def rows(
     name = "not overlapped"
     ratio = plain / took[name].seconds
     out.append(row("picture, not overlapped", native, name, floors[native].sequential, ratio=ratio))
-    for kind in kinds:
-        name = f"codes {kind}"
-        read = codes_bytes(subject.prior.config, kind, itemsize=subject.kv_itemsize)
-        rate = read / took[name].seconds
-        share = rate / roofs.bandwidth[kind]
-        out.append(
-            row("codes alone", kind, name, floors[kind].codes,
-                bytes_a_second=rate, of_bandwidth=share)
-        )  # fmt: skip
+    Q = subject.tokenizer.config.group_size
+    for part, first, steps in (("codes alone", "codes", None), ("codes, first group", "group", Q)):
+        for kind in kinds:
+            name, bandwidth = f"{first} {kind}", roofs.bandwidth[kind]
+            read = codes_bytes(
+                subject.prior.config, kind, itemsize=subject.kv_itemsize, steps=steps
+            )
+            rate = read / took[name].seconds
+            out.append(
+                row(part, kind, name, floors[kind].group if steps else floors[kind].codes,
+                    bytes_a_second=rate, of_bandwidth=rate / bandwidth)
+            )  # fmt: skip
     c = subject.tokenizer.config
     rate = c.num_steps * step_flops(c) / took["steps"].seconds
     out.append(
