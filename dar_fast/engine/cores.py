@@ -24,6 +24,7 @@ class Cores:
         if total < 1:
             raise ValueError(f"threads: expected at least 1, got {total}")
         self.total, self.fixed = total, fixed
+        self.default = torch.get_num_threads()  # what threads that are not ours should have
         self.tokens_share = max(1, total // 4)
         self._changed = threading.Condition()
         self._tokens = 0  # cores that the token lane has

@@ -38,14 +38,19 @@ class Lane:
         board: where tasks come from.
         streams: of the engine's device.
         turn: held while a batch runs: one lock for both lanes where they are not to overlap.
+        cores: of the processor, on a CPU.
     """
 
     name = ""
 
     def __init__(
-        self, board: Board, streams: Streams, turn: AbstractContextManager[object]
+        self,
+        board: Board,
+        streams: Streams,
+        turn: AbstractContextManager[object],
+        cores: Cores | None,
     ) -> None:
-        self.board, self.streams, self.turn = board, streams, turn
+        self.board, self.streams, self.turn, self.cores = board, streams, turn, cores
         self.seconds = 0.0  # at work
         self._ahead: deque[Mark] = deque()
         context = contextvars.copy_context()  # implementations that the caller prefers
@@ -65,6 +70,13 @@ class Lane:
         """Run a batch and bring what it gives."""
         raise NotImplementedError
 
+    def rest(self) -> None:
+        """Before a wait: idle teams slow others down, and torch gives new threads the number of
+        threads that was last set."""
+        if self.cores is not None:
+            torch.set_num_threads(self.cores.default)
+        release_threads()
+
     def _main(self) -> None:
         try:
             self._loop()
@@ -77,7 +89,7 @@ class Lane:
     @torch.no_grad()
     def _loop(self) -> None:
         with self.streams.on(self.stream):
-            while tasks := self.board.take(self.pick, release_threads):
+            while tasks := self.board.take(self.pick, self.rest):
                 with self.turn:
                     start = time.perf_counter()
                     try:
@@ -119,8 +131,8 @@ class TokenLane(Lane):
         codes: Tensor,
         cores: Cores | None,
     ) -> None:
-        super().__init__(board, streams, turn)
-        self.runner, self.codes, self.cores = runner, codes, cores
+        super().__init__(board, streams, turn, cores)
+        self.runner, self.codes = runner, codes
 
     @property
     def stream(self) -> "torch.cuda.Stream | None":
@@ -174,9 +186,8 @@ class DiffusionLane(Lane):
         batch: int,
         cores: Cores | None,
     ) -> None:
-        super().__init__(board, streams, turn)
+        super().__init__(board, streams, turn, cores)
         self.conditions, self.diffusion, self.batch = conditions, diffusion, batch
-        self.cores = cores
 
     @property
     def stream(self) -> "torch.cuda.Stream | None":

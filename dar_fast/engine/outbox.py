@@ -12,7 +12,7 @@ from dar_fast.engine.events import GroupDrawn, Preview
 from dar_fast.engine.request import BestOf, Candidates, Scorer
 from dar_fast.engine.scheduler import Scheduler
 from dar_fast.engine.stats import Counts
-from dar_fast.engine.streams import Shipment
+from dar_fast.engine.streams import Shipment, own
 from dar_fast.engine.tasks import Job, Task
 from dar_kernels.openmp import release_threads
 
@@ -45,13 +45,13 @@ class Outbox:
         self.delivery.put(task.job, partial(self._result, task, picture))
 
     def _group(self, task: Task, group: int, codes: Shipment, row: int) -> None:
-        drawn = codes.unpack()[0][row].clone()
+        drawn = own(codes.unpack()[0][row])
         job = task.job
         with self.changed:
             task.codes.append(drawn)
             self.ripen(job)
         if job.request.previews and job.request.output == "codes":
-            job.tell(GroupDrawn(group=group, codes=drawn.clone()))
+            job.tell(GroupDrawn(group=group, codes=own(drawn)))
 
     def ripen(self, job: Job) -> None:
         """Queue the forks whose codes are known."""
@@ -76,7 +76,7 @@ class Outbox:
         self.changed.notify_all()
 
     def _preview(self, task: Task, step: int, shipment: Shipment, row: int, decisive: bool) -> None:
-        image = shipment.unpack()[0][row].clone()
+        image = own(shipment.unpack()[0][row])
         codes = torch.cat(task.codes[: task.plan.reads[step - 1]])
         event = Preview(step=step, image=image, codes=codes)
         job = task.job
@@ -109,7 +109,7 @@ class Outbox:
         job.announce(winner)
 
     def _result(self, task: Task, picture: Shipment | None) -> None:
-        image = None if picture is None else picture.unpack()[0].clone()
+        image = None if picture is None else own(picture.unpack()[0])
         with self.changed:
             if task.job.error is not None:  # a listener has raised since
                 return

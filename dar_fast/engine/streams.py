@@ -39,6 +39,12 @@ class Shipment:
         return self._tensors
 
 
+def own(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, made by the calling thread alone: a clone would wake a team of threads,
+    and slow those of the lanes."""
+    return torch.from_numpy(tensor.numpy().copy())
+
+
 class Streams:
     """The streams of one engine: `tokens`, `diffusion` and `copies`; None each on a CPU."""
 
@@ -85,4 +91,4 @@ class Streams:
         return Shipment(arrived, self.mark(self.copies))
 
 
-__all__ = ["Mark", "Shipment", "Streams"]
+__all__ = ["Mark", "Shipment", "Streams", "own"]
