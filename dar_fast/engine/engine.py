@@ -23,6 +23,7 @@ from dar_fast.engine.board import Board
 from dar_fast.engine.config import EngineConfig
 from dar_fast.engine.errors import EngineClosedError
 from dar_fast.engine.events import Event, Result
+from dar_fast.engine.graphs import GraphReport
 from dar_fast.engine.handle import Handle, Listener
 from dar_fast.engine.machine import Machine
 from dar_fast.engine.request import GenerationRequest, Plan, check_request
@@ -180,6 +181,10 @@ class Engine:
     def memory(self) -> dict[str, int]:
         """Bytes of weights, slots and pages."""
         return dict(self._machine.memory)
+
+    def graphs(self) -> list[GraphReport]:
+        """Graphs captured so far, with their memory; none on a CPU."""
+        return self._machine.graphs()
 
     def close(self, drain: bool = False) -> None:
         """Take no more requests, cancel those in flight, or with `drain` finish them; then stop.

@@ -14,7 +14,10 @@ from dar_fast.engine.conditions import Conditions
 from dar_fast.engine.config import MAX_REQUESTS, EngineConfig, pictures_a_batch
 from dar_fast.engine.cores import Cores
 from dar_fast.engine.diffusion import Diffusion
+from dar_fast.engine.graph_tokens import GraphTokens
+from dar_fast.engine.graphs import GraphReport
 from dar_fast.engine.lanes import DiffusionLane, Lane, TokenLane
+from dar_fast.engine.launcher import GraphLauncher
 from dar_fast.engine.memory import available_memory
 from dar_fast.engine.pages import PagePool, request_pages
 from dar_fast.engine.plan import check_fits, largest_batch, plan_memory
@@ -118,6 +121,9 @@ class Machine:
             DiffusionLane(self.board, self.streams, turn, conditions, diffusion, batch, cores),
         ]
         self.threads = [lane.thread for lane in self.lanes] + [self.board.delivery.thread]
+        self._reports = [
+            part.report for part in (runner, work) if isinstance(part, GraphTokens | GraphLauncher)
+        ]
         self._seconds = (0.0, 0.0)
         self._closing = threading.Lock()
         if kind == "cuda":
@@ -137,6 +143,10 @@ class Machine:
             diffusion_seconds=diffusion,
         )
 
+    def graphs(self) -> list[GraphReport]:
+        """Of both lanes."""
+        return [graph for report in self._reports for graph in report()]
+
     def close(self, drain: bool = False) -> None:
         """Stop, wait until the threads are gone, free what they had; a listener does not wait."""
         self.board.close(drain)
@@ -147,7 +157,7 @@ class Machine:
             with self._closing:
                 if self.lanes:
                     self._seconds = self.lanes[0].seconds, self.lanes[1].seconds
-                    self.lanes = []  # and with them slots, pages and graphs
+                    self.lanes, self._reports = [], []  # and with them slots, pages and graphs
 
     def abandon(self) -> None:
         """Close, and wait for nothing: the collector may call it in a thread that holds locks."""

@@ -40,7 +40,11 @@ def test_captured_lanes_draw_what_the_plain_path_draws(
         handles = [engine.submit(request) for request in REQUESTS]
         for request, handle in zip(REQUESTS, handles, strict=True):
             check_result(handle.result(LONG), plain(tiny_pipeline, request))
-        stats = engine.stats()
+        stats, graphs = engine.stats(), engine.graphs()
+    assert {graph.name.split()[0] for graph in graphs} == {
+        "tokens", "extend", "conditions", "step",
+    }  # fmt: skip
+    assert all(graph.launches and graph.replays for graph in graphs)
     assert stats.decode_step == "torch"
     assert stats.retries == 0, "a step could not be recorded"
 
