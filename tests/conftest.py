@@ -13,9 +13,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when the kernels are imported
 
 from dar_fast import DARPipeline
-from dar_fast.config import PixelDiTConfig, PriorConfig, TokenizerConfig
 from dar_fast.engine import AsyncEngine, Engine, EngineConfig
-from dar_fast.models import Prior, Tokenizer
+from engine_threads import CLOSING, engine_threads
+from tiny_models import make_tiny_pipeline
 
 settings.register_profile(
     "dar_fast",
@@ -40,36 +40,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         torch._dynamo.reset()
 
 
-TINY_TOKENIZER = TokenizerConfig(
-    image_size=16, patch_size=4, encoder_dim=32, encoder_depth=1, decoder_dim=32, decoder_depth=2,
-    head_dim=16, codebook_size=64, num_tokens=16, num_groups=4, num_steps=4, query_table=16,
-    dit=PixelDiTConfig(dim=32, depth=2, patch_size=4, head_dim=16),
-)  # fmt: skip
-TINY_PRIOR = PriorConfig(dim=32, depth=2, heads=2, vocab_size=64, num_tokens=16, num_classes=6)
-TINY_LABELS = (
-    "fluent/cat-face", "fluent/face-smiling", "noto/cat-face", "noto/face-smiling", "noto/hotel",
-    "twemoji/cat-face",
-)  # fmt: skip
-
-
-def perturb(module: torch.nn.Module, seed: int, std: float = 0.15) -> None:
-    """Add seeded noise to every parameter: zero heads and gates would hide what is behind them."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(std * torch.randn(parameter.shape, generator=generator))
-
-
-def make_tiny_pipeline() -> DARPipeline:
-    """A new pipeline of random weights, the same every time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        prior, tokenizer = Prior(TINY_PRIOR), Tokenizer(TINY_TOKENIZER)
-    perturb(prior, 1)
-    perturb(tokenizer, 2)
-    return DARPipeline(prior, tokenizer, TINY_LABELS)
-
-
 @pytest.fixture(scope="session")
 def tiny_pipeline() -> DARPipeline:
     """Shared by all tests: do not change it."""
@@ -80,15 +50,6 @@ def tiny_pipeline() -> DARPipeline:
 def fresh_pipeline() -> DARPipeline:
     """One of its own, to change or to save."""
     return make_tiny_pipeline()
-
-
-ENGINE_THREADS = ("dar tokens", "dar diffusion", "dar delivery", "dar closing")
-CLOSING = 60.0  # seconds at most, on a busy machine
-
-
-def engine_threads() -> set[threading.Thread]:
-    """Threads of engines that are not closed."""
-    return {thread for thread in threading.enumerate() if thread.name in ENGINE_THREADS}
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from engine_helpers import (
     until,
 )
 
-from conftest import engine_threads
 from dar_fast.engine import (
     BestOf,
     Engine,
@@ -31,6 +30,7 @@ from dar_fast.engine import (
     RequestFailedError,
 )
 from dar_fast.sampling import Sampling
+from engine_threads import engine_threads
 
 Q, K = 4, 4
 WARM = Sampling(guidance_scale=3.0, temperature=1.3)

@@ -9,12 +9,12 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import perturb
 from dar_fast.config import PriorConfig
 from dar_fast.engine.rows import TokenRow, TokenRunner
 from dar_fast.models import Prior
 from dar_fast.sampling import PerGroup, Sampling
 from dar_kernels.pages import PAGE_SIZE
+from tiny_models import perturb
 
 V, CLASSES = 64, 6
 N, Q = 48, 12  # boundaries of groups lie within pages
