@@ -50,8 +50,6 @@ class Board:
         self.closing = False
         self._lanes = lanes
 
-    # -- users ---------------------------------------------------------------------------------
-
     def submit(self, job: Job, parent: Job | None = None) -> None:
         """Queue a job, behind the codes of `parent` where it is a fork.
 
@@ -157,8 +155,6 @@ class Board:
                 pages=scheduler.pool.num_pages,
                 pages_used=scheduler.pool.used,
             )
-
-    # -- lanes ---------------------------------------------------------------------------------
 
     def take(self, pick: Callable[[], list[Task]], rest: Callable[[], object]) -> list[Task]:
         """What `pick` finds, waiting until it finds something; empty where the engine is done.

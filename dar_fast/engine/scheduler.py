@@ -1,7 +1,7 @@
 """Who draws, who steps, who waits: host bookkeeping alone, no tensors and no threads.
 
 Jobs wait in one bounded queue. The one with the highest priority + waiting goes first, where
-`aging` admissions of others count as one level: nobody is passed over for ever. The first job is
+`AGING` admissions of others count as one level: nobody is passed over for ever. The first job is
 never skipped for a smaller one behind it. A job is admitted when a slot a task is free and the pool
 can promise the pages that it may need at most, so a running task never runs out of pages.
 """
