@@ -56,14 +56,6 @@ class DARPipeline:
         engine: EngineConfig | None = None,
         dit_products: ProductDtype = "as given",
     ) -> None:
-        if not isinstance(prior, Prior):
-            raise TypeError(f"prior: expected a Prior, got {type(prior).__name__}")
-        if not isinstance(tokenizer, Tokenizer):
-            raise TypeError(f"tokenizer: expected a Tokenizer, got {type(tokenizer).__name__}")
-        if prior.device != tokenizer.device:
-            raise ValueError(
-                f"tokenizer: expected the prior's device {prior.device}, got {tokenizer.device}"
-            )
         self.labels = check_parts(prior, tokenizer, labels)
         self.prior = prior.eval()
         self.tokenizer = tokenizer.eval()

@@ -18,6 +18,7 @@ from dar_fast.checkpoint.errors import CheckpointError
 from dar_fast.checkpoint.folder import load_model, save_model
 from dar_fast.labels import label_table
 from dar_fast.models import Prior, Tokenizer
+from dar_fast.models.pair import check_pair
 
 PIPELINE_INDEX = "model_index.json"
 DEMO = "demo"
@@ -42,13 +43,7 @@ def check_parts(
     Raises:
         TypeError, ValueError: where they do not.
     """
-    drawn = prior.config.num_tokens, prior.config.vocab_size
-    read = tokenizer.config.num_tokens, tokenizer.config.codebook_size
-    if drawn != read:
-        raise ValueError(
-            f"prior: expected the tokenizer's {read[0]} tokens of {read[1]} codes, "
-            f"got {drawn[0]} of {drawn[1]}"
-        )
+    check_pair(prior, tokenizer)
     return label_table(labels, prior.config.num_classes)
 
 

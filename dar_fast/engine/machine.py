@@ -28,25 +28,8 @@ from dar_fast.engine.slots import SlotState
 from dar_fast.engine.stats import Stats
 from dar_fast.engine.streams import Streams
 from dar_fast.models import Prior, Tokenizer
+from dar_fast.models.pair import check_pair
 from dar_fast.quantization import WeightForm, stored_form
-
-
-def _check_parts(prior: Prior, tokenizer: Tokenizer) -> None:
-    """Raise where the two do not belong together."""
-    if not isinstance(prior, Prior):
-        raise TypeError(f"prior: expected a Prior, got {type(prior).__name__}")
-    if not isinstance(tokenizer, Tokenizer):
-        raise TypeError(f"tokenizer: expected a Tokenizer, got {type(tokenizer).__name__}")
-    if prior.device != tokenizer.device:
-        raise ValueError(
-            f"tokenizer: expected the prior's device {prior.device}, got {tokenizer.device}"
-        )
-    for name, ours, theirs in (
-        ("codes", prior.config.vocab_size, tokenizer.config.codebook_size),
-        ("tokens", prior.config.num_tokens, tokenizer.config.num_tokens),
-    ):
-        if ours != theirs:
-            raise ValueError(f"tokenizer: expected the prior's {ours} {name}, got {theirs}")
 
 
 def _requests(
@@ -85,7 +68,7 @@ class Machine:
     """The lanes of one engine and what they work on; knows nothing of the engine itself."""
 
     def __init__(self, prior: Prior, tokenizer: Tokenizer, config: EngineConfig) -> None:
-        _check_parts(prior, tokenizer)
+        check_pair(prior, tokenizer)
         self.prior_weights: WeightForm = (
             stored_form(prior) if config.prior_weights == "as stored" else config.prior_weights
         )
