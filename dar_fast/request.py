@@ -35,7 +35,8 @@ class Request:
     callback: StepCallback | None
 
 
-def _count(name: str, value: object, low: int, high: int) -> int:
+def check_integer(name: str, value: object, low: int, high: int) -> int:
+    """`value`, an integer in [low, high]; else TypeError or ValueError that names it."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}")
     if not low <= value <= high:
@@ -43,7 +44,8 @@ def _count(name: str, value: object, low: int, high: int) -> int:
     return value
 
 
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
 
@@ -103,12 +105,12 @@ def make_request(
     )
     steps = config.num_steps
     if num_inference_steps is not None:
-        steps = _count("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
-    _choice("solver", solver, SOLVERS)
+        steps = check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+    check_choice("solver", solver, SOLVERS)
     K = config.num_groups
     sampling.check_groups(K)
-    groups = K if num_groups is None else _count("num_groups", num_groups, 1, K)
-    _choice("output_type", output_type, OUTPUT_TYPES)
+    groups = K if num_groups is None else check_integer("num_groups", num_groups, 1, K)
+    check_choice("output_type", output_type, OUTPUT_TYPES)
     if callback_on_step_end is not None and not callable(callback_on_step_end):
         raise TypeError(
             f"callback_on_step_end: expected a callable, got {type(callback_on_step_end).__name__}"
@@ -127,4 +129,7 @@ def make_request(
     )
 
 
-__all__ = ["Request", "Seeds", "StepCallback", "make_request"]
+__all__ = [
+    "MAX_STEPS", "Request", "Seeds", "StepCallback", "check_choice", "check_integer",
+    "make_request",
+]  # fmt: skip

@@ -9,7 +9,6 @@ from dar_fast.engine.errors import QueueFullError, RequestFailedError
 from dar_fast.engine.events import Event, Failed, GroupDrawn, Preview
 from dar_fast.engine.handle import Handle
 from dar_fast.engine.request import GenerationRequest
-from dar_fast.flow import group_start
 from dar_fast.frames import Frame
 from dar_fast.request import Request
 
@@ -91,15 +90,13 @@ def _code_frames(
     events: list[Iterator[Event]], request: Request, engine: Engine
 ) -> Iterator[Frame]:
     """A frame for every step whose codes are there, though no step is taken."""
-    c = engine.tokenizer.config
-    S, step = request.num_steps, 0
+    tokenizer = engine.tokenizer
+    S, Q, step = request.num_steps, tokenizer.config.group_size, 0
     codes = torch.empty(len(events), 0, dtype=torch.int64)
     for _ in range(request.num_groups):
         groups = [event.codes for event in _next(events) if isinstance(event, GroupDrawn)]
         codes = torch.cat((codes, torch.stack(groups)), dim=1)
-        while step < S and (
-            group_start(step, S, c.num_groups, c.num_tokens) + c.group_size <= codes.shape[1]
-        ):
+        while step < S and tokenizer.group_start(step, S) + Q <= codes.shape[1]:
             step += 1
             yield Frame(step, codes, None, False)
 

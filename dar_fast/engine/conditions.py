@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dar_fast.engine.slots import NO_GROUP, Direct, Launcher, SlotState, to_device
+from dar_fast.engine.slots import NO_GROUP, Direct, Launcher, SlotState, batches
 from dar_fast.models import Tokenizer
 
 
@@ -57,10 +57,9 @@ class Conditions:
             slots.extended[slot] = group
             if slots.group[slot] >= group:
                 slots.group[slot] = NO_GROUP
-        for batch in [[slot] for slot in slot_ids] if self.deterministic else [list(slot_ids)]:
-            rows = batch + [slots.padding] * (self.launcher.size(len(batch)) - len(batch))
-            ids = to_device(rows, torch.int64, slots.device)
-            self.launcher(("extend", group, len(rows)), partial(self.compute, group), (ids,))
+        for batch in batches(slot_ids, self.deterministic):
+            ids = slots.filled(batch, self.launcher.size(len(batch)))
+            self.launcher(("extend", group, len(ids)), partial(self.compute, group), (ids,))
             for slot in batch:
                 slots.extended[slot] = group + 1
 

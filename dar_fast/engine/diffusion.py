@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dar_fast.engine.rows import StepRow
-from dar_fast.engine.slots import NO_GROUP, Direct, Launcher, SlotState, to_device
+from dar_fast.engine.slots import NO_GROUP, Direct, Launcher, SlotState, batches, to_device
 from dar_fast.flow import sampling_times, start_from
 from dar_fast.models import Tokenizer
 from dar_fast.models.pixel_dit import BlockCondition
@@ -121,9 +121,9 @@ class Diffusion:
         slots.check(ids)
         due = [row for row in rows if self._due(row)]
         stale = [row for row in due if slots.group[row.slot] != self._group(row)]
-        for batch in self._batches(stale):
+        for batch in batches(stale, self.deterministic):
             self._read_group(batch)
-        for batch in self._batches(due):
+        for batch in batches(due, self.deterministic):
             self._advance(batch)
         return slots.preview.index_select(0, to_device(ids, torch.int64, slots.device))
 
@@ -155,16 +155,11 @@ class Diffusion:
             )
         return True
 
-    def _batches(self, rows: Sequence[StepRow]) -> list[list[StepRow]]:
-        if self.deterministic:
-            return [[row] for row in rows]
-        return [list(rows)] if rows else []
-
     def _padded(self, rows: list[StepRow]) -> tuple[list[StepRow], Tensor]:
         """The batch filled up to the launcher's size, and its slots: what is added, to pad."""
-        more = self.launcher.size(len(rows)) - len(rows)
-        ids = [row.slot for row in rows] + [self.slots.padding] * more
-        return rows + rows[-1:] * more, to_device(ids, torch.int64, self.slots.device)
+        size = self.launcher.size(len(rows))
+        ids = self.slots.filled([row.slot for row in rows], size)
+        return rows + rows[-1:] * (size - len(rows)), ids
 
     def _read_group(self, rows: list[StepRow]) -> None:
         """Make what the blocks read of the group of each row."""

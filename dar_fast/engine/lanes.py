@@ -10,6 +10,7 @@ import contextvars
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 AHEAD = 2  # batches that a lane's thread is ahead of the device: the device never waits for it
 
 
-class Lane:
+class Lane(ABC):
     """A thread that takes batches from the board, runs them and brings what they give.
 
     Args:
@@ -59,16 +60,17 @@ class Lane:
         )
 
     @property
+    @abstractmethod
     def stream(self) -> "torch.cuda.Stream | None":
-        raise NotImplementedError
+        """Where its work goes on a GPU."""
 
+    @abstractmethod
     def pick(self) -> list[Task]:
         """Tasks to work on; called under the board's lock."""
-        raise NotImplementedError
 
+    @abstractmethod
     def work(self, tasks: list[Task]) -> None:
         """Run a batch and bring what it gives."""
-        raise NotImplementedError
 
     def rest(self) -> None:
         """Before a wait: idle teams slow others down, and torch gives new threads the number of

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dar_fast.config import PriorConfig, TokenizerConfig
 from dar_fast.flow import SOLVERS, Solver, group_start
-from dar_fast.request import MAX_STEPS
+from dar_fast.request import MAX_STEPS, check_choice, check_integer
 from dar_fast.sampling import MAX_SEED, Sampling, resolve_seeds
 
 Output = Literal["image", "codes"]
@@ -100,14 +100,6 @@ class Plan:
         return 2 if self.guided else 1
 
 
-def _integer(name: str, value: object, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}")
-    if not low <= value <= high:
-        raise ValueError(f"{name}: expected an integer in [{low}, {high}], got {value}")
-    return value
-
-
 def _prefix(codes: Sequence[int] | Tensor, config: TokenizerConfig) -> tuple[int, ...]:
     if isinstance(codes, Tensor):
         if codes.ndim != 1 or codes.is_floating_point() or codes.dtype == torch.bool:
@@ -121,20 +113,20 @@ def _prefix(codes: Sequence[int] | Tensor, config: TokenizerConfig) -> tuple[int
         raise ValueError(
             f"prefix_codes: expected at most {config.num_tokens} codes, got {len(codes)}"
         )
-    return tuple(_integer("prefix_codes", c, 0, config.codebook_size - 1) for c in codes)
+    return tuple(check_integer("prefix_codes", c, 0, config.codebook_size - 1) for c in codes)
 
 
 def _check_best_of(best: BestOf, groups: int, output: str, scorers: Sequence[str]) -> None:
     if not isinstance(best, BestOf):
         raise TypeError(f"best_of: expected a BestOf, got {type(best).__name__}")
-    _integer("best_of.count", best.count, 2, 2**16)
+    check_integer("best_of.count", best.count, 2, 2**16)
     if output != "image":
         raise ValueError(
             f"best_of: expected output 'image', whose previews it scores, got {output!r}"
         )
     if groups < 2:
         raise ValueError(f"best_of: expected at least 2 groups to draw, got {groups}")
-    _integer("best_of.groups", best.groups, 1, groups - 1)
+    check_integer("best_of.groups", best.groups, 1, groups - 1)
     if isinstance(best.scorer, str):
         if best.scorer not in scorers:
             raise ValueError(
@@ -162,7 +154,7 @@ def check_request(
     if not isinstance(request, GenerationRequest):
         raise TypeError(f"request: expected a GenerationRequest, got {type(request).__name__}")
     K, N, Q = tokenizer.num_groups, tokenizer.num_tokens, tokenizer.group_size
-    label = _integer("label", request.label, 0, prior.num_classes - 1)
+    label = check_integer("label", request.label, 0, prior.num_classes - 1)
     if not isinstance(request.sampling, Sampling):
         raise TypeError(f"sampling: expected a Sampling, got {type(request.sampling).__name__}")
     request.sampling.check_groups(K)
@@ -171,16 +163,14 @@ def check_request(
         raise TypeError(f"previews: expected a bool, got {request.previews!r}")
     S = tokenizer.num_steps
     if request.num_steps is not None:
-        S = _integer("num_steps", request.num_steps, 1, MAX_STEPS)
-    for name, value, choices in (
-        ("solver", request.solver, SOLVERS),
-        ("output", request.output, OUTPUTS),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
-    groups = K if request.num_groups is None else _integer("num_groups", request.num_groups, 1, K)
+        S = check_integer("num_steps", request.num_steps, 1, MAX_STEPS)
+    check_choice("solver", request.solver, SOLVERS)
+    check_choice("output", request.output, OUTPUTS)
+    groups = K
+    if request.num_groups is not None:
+        groups = check_integer("num_groups", request.num_groups, 1, K)
     prefix = _prefix(request.prefix_codes, tokenizer)[: groups * Q]
-    _integer("priority", request.priority, -(2**31), 2**31)
+    check_integer("priority", request.priority, -(2**31), 2**31)
     late = request.deadline
     if late is not None and (
         isinstance(late, bool) or not isinstance(late, int | float) or not late > 0
@@ -191,11 +181,11 @@ def check_request(
         _check_best_of(request.best_of, groups, request.output, scorers)
         count = request.best_of.count
     if request.seed is not None:
-        _integer("seed", request.seed, 0, MAX_SEED - count + 1)
+        check_integer("seed", request.seed, 0, MAX_SEED - count + 1)
     seeds = resolve_seeds(request.seed, count)
     noise = request.noise_seed
     if noise is not None:
-        _integer("noise_seed", noise, 0, MAX_SEED)
+        check_integer("noise_seed", noise, 0, MAX_SEED)
     sampling = request.sampling
     guidance = tuple(sampling.scales(N).tolist())
     reads = tuple(group_start(i, S, K, N) // Q + 1 for i in range(S))

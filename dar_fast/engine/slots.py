@@ -7,7 +7,7 @@ its next step reads (12 blocks), 6.3 of the token decoder's cache, 2.4 of three 
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from dar_fast.config import TokenizerConfig
 from dar_fast.models import Tokenizer
 from dar_fast.models.token_decoder import TokenCache
 
+T = TypeVar("T")
 NO_GROUP = -1
 
 
@@ -110,6 +111,11 @@ class SlotState:
                 f"slots: expected distinct ones in [0, {self.slots}), got {list(slot_ids)}"
             )
 
+    def filled(self, slot_ids: Sequence[int], size: int) -> Tensor:
+        """Slots of a batch of `size` rows, int64 on the device: these, then the one that pads."""
+        rows = [*slot_ids, *[self.padding] * (size - len(slot_ids))]
+        return to_device(rows, torch.int64, self.device)
+
     def copy(self, src: int, dst: int, groups: int) -> None:
         """Fork: the codes of the first `groups` groups of `src` to `dst`, and what follows of them.
 
@@ -162,6 +168,13 @@ class Direct:
         work(*inputs)
 
 
+def batches(items: Sequence[T], apart: bool) -> list[list[T]]:
+    """All in one batch, or each in a batch of its own; none of none."""
+    if apart:
+        return [[item] for item in items]
+    return [list(items)] if items else []
+
+
 def to_device(
     values: Sequence[int] | Sequence[float] | Sequence[bool],
     dtype: torch.dtype,
@@ -175,5 +188,6 @@ def to_device(
 
 
 __all__ = [
-    "NO_GROUP", "Direct", "Launcher", "Part", "SlotState", "slot_bytes", "slot_parts", "to_device",
+    "NO_GROUP", "Direct", "Launcher", "Part", "SlotState", "batches", "slot_bytes", "slot_parts",
+    "to_device",
 ]  # fmt: skip

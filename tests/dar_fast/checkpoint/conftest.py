@@ -5,8 +5,11 @@ import sys
 import zipfile
 
 import pytest
+from checkpoint_models import PRIOR, official_state
 
+from dar_fast.checkpoint import load_official_prior, save_model
 from dar_fast.checkpoint.unpickler import read_torch_file
+from dar_fast.quantization import quantize_prior
 
 FORBIDDEN = (
     "os.", "subprocess.", "exec", "compile", "import", "socket.", "ctypes.", "shutil.", "pickle.",
@@ -62,3 +65,21 @@ def read():
             return read_torch_file(path, **options)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def state():
+    return official_state(PRIOR)
+
+
+@pytest.fixture
+def prior(state):
+    return load_official_prior(state, PRIOR)
+
+
+@pytest.fixture
+def saved(tmp_path, prior):
+    """A folder in int8."""
+    quantize_prior(prior, "int8")
+    save_model(prior, tmp_path / "saved")
+    return tmp_path / "saved"

@@ -13,31 +13,12 @@ from dar_fast.checkpoint import (
     describe,
     load_model,
     load_official_prior,
-    save_model,
     to_official,
 )
 from dar_fast.cli import main
 from dar_fast.quantization import DTYPES, products, quantize_prior, stored_quantization
 
 KINDS = list(DTYPES)
-
-
-@pytest.fixture(scope="module")
-def state():
-    return official_state(PRIOR)
-
-
-@pytest.fixture
-def prior(state):
-    return load_official_prior(state, PRIOR)
-
-
-@pytest.fixture
-def saved(tmp_path, prior):
-    """A folder in int8."""
-    quantize_prior(prior, "int8")
-    save_model(prior, tmp_path / "saved")
-    return tmp_path / "saved"
 
 
 @pytest.fixture

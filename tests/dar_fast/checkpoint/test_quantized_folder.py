@@ -6,7 +6,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from checkpoint_models import PRIOR, official_state, same, same_operands
+from checkpoint_models import PRIOR, same, same_operands
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +14,6 @@ from dar_fast.checkpoint import (
     CheckpointError,
     describe,
     load_model,
-    load_official_prior,
     save_model,
 )
 from dar_fast.quantization import (
@@ -28,24 +27,6 @@ from dar_kernels.quantize import QuantizedWeight, dequantize, quantize_weight
 
 KINDS = list(DTYPES)
 QKV = "layers.0.attention.qkv.weight"
-
-
-@pytest.fixture(scope="module")
-def state():
-    return official_state(PRIOR)
-
-
-@pytest.fixture
-def prior(state):
-    return load_official_prior(state, PRIOR)
-
-
-@pytest.fixture
-def saved(tmp_path, prior):
-    """A folder in int8."""
-    quantize_prior(prior, "int8")
-    save_model(prior, tmp_path / "saved")
-    return tmp_path / "saved"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,8 @@ import torch
 from dar_fast.engine import Chosen, Finished, GenerationRequest, GroupDrawn, Preview
 from dar_fast.sampling import Sampling
 
+Q, K = 4, 4  # of the tiny pipeline
+WARM = Sampling(guidance_scale=3.0, temperature=1.3)
 LONG = 60.0  # seconds: a wait that takes longer has failed; the machine may be busy
 PICTURE = 2e-5  # relative norm between the engine's picture and the plain path's
 

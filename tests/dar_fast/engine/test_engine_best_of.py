@@ -7,6 +7,9 @@ import pytest
 import torch
 from engine_helpers import (
     LONG,
+    WARM,
+    K,
+    Q,
     check_events,
     check_result,
     collect,
@@ -26,10 +29,6 @@ from dar_fast.engine import (
     RequestFailedError,
 )
 from dar_fast.engine.scoring import detail
-from dar_fast.sampling import Sampling
-
-Q, K = 4, 4
-WARM = Sampling(guidance_scale=3.0, temperature=1.3)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])

@@ -8,6 +8,7 @@ import weakref
 import pytest
 from engine_helpers import (
     LONG,
+    Q,
     check_events,
     codes_request,
     collect,
@@ -29,11 +30,7 @@ from dar_fast.engine import (
     RequestCancelledError,
     RequestFailedError,
 )
-from dar_fast.sampling import Sampling
 from engine_threads import engine_threads
-
-Q, K = 4, 4
-WARM = Sampling(guidance_scale=3.0, temperature=1.3)
 
 
 def test_close_cancels_and_again_is_harmless(make_engine):
@@ -180,6 +177,8 @@ def test_an_engine_that_its_own_listener_drops_is_closed(tiny_pipeline):
 
 
 def test_an_engine_that_could_not_be_made_leaves_no_thread(tiny_pipeline):
+    gc.collect()  # engines that a test before forgot are gone first
+    until(lambda: all(thread.name != "dar closing" for thread in engine_threads()))
     before = set(engine_threads())
     with pytest.raises((ValueError, RuntimeError)):
         Engine(tiny_pipeline.prior, tiny_pipeline.tokenizer, EngineConfig(page_dtype="fp8"))

@@ -7,6 +7,9 @@ import pytest
 from engine_helpers import (
     LONG,
     UNGUIDED,
+    WARM,
+    K,
+    Q,
     as_prefixed,
     check_events,
     check_result,
@@ -27,10 +30,6 @@ from dar_fast.engine import (
     RequestFailedError,
 )
 from dar_fast.sampling import Sampling
-
-Q, K = 4, 4
-WARM = Sampling(guidance_scale=3.0, temperature=1.3)
-
 
 FORKS = {
     "same settings": {},

@@ -22,10 +22,6 @@ from dar_fast.engine import (
     QueueFullError,
     RequestFailedError,
 )
-from dar_fast.sampling import Sampling
-
-Q, K = 4, 4
-WARM = Sampling(guidance_scale=3.0, temperature=1.3)
 
 
 def test_deadlines_of_those_who_run_and_those_who_wait(tiny_pipeline, make_engine):

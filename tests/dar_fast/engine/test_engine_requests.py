@@ -7,6 +7,8 @@ import pytest
 import torch
 from engine_helpers import (
     LONG,
+    K,
+    Q,
     check_events,
     check_result,
     codes_request,
@@ -23,9 +25,6 @@ from dar_fast.engine import (
     Preview,
 )
 from dar_fast.sampling import PerGroup, Sampling
-
-Q, K = 4, 4
-WARM = Sampling(guidance_scale=3.0, temperature=1.3)
 
 
 def test_impossible_requests_are_refused_with_the_reason(make_engine):
