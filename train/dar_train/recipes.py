@@ -56,7 +56,19 @@ class Recipe:
     log_minutes: float = 1.0  # between log lines
     eval_minutes: float = 10.0  # between evaluations of the averaged model on held-out pictures
     save_minutes: float = 5.0  # between saved states
+    log_steps: int | None = None  # steps between log lines, in place of log_minutes
+    eval_steps: int | None = None  # steps between evaluations, in place of eval_minutes
+    save_steps: int | None = None  # steps between saved states, in place of save_minutes
     eval_pictures: int = 128  # held-out pictures an evaluation
+    init: Path | None = None  # component folder or official .pt whose weights to start from
+    keep: int = 2  # saved states kept
+    async_save: bool = False  # write states while training goes on
+    nonfinite: Literal["stop", "skip"] = "stop"  # at a loss that is not finite; skip: leave it out
+    workers: int = 4  # processes that read pictures, a rank; 0: none
+    attention: str | None = None  # back end of attention by name (dar doctor); None: by rule
+    recompute: Literal["none", "selective", "full"] = "none"  # activations recomputed, not kept
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # many ranks: whole models, or shards of one
+    float8: bool = False  # large products in float8, by torchao
 
     def __post_init__(self) -> None:
         _check(self, "steps", self.steps is None or self.steps > 0, "a positive number")
@@ -93,11 +105,15 @@ class TokenizerRecipe(Recipe):
     preset: str = "demo"  # the recipe whose values the other flags override
     model: str = "demo"  # a preset of dar_fast.config, or a config.json
     override: tuple[str, ...] = ()  # changes to the model, such as dit.depth=8
+    crop: bool = False  # random square crops, else the centre
+    flip: bool = False  # mirror every other picture, drawn
     augment: bool = False  # flips, small affine maps on white, colour changes
     lpips_weights: Path | None = None  # VGG-16 weights; adds the perceptual loss
     lpips_weight: float = 0.5  # of the perceptual loss
     repa_weights: Path | None = None  # DINOv2 ViT-B/14 weights; adds the alignment loss
     repa_weight: float = 0.5  # of the alignment loss
+    perceptual: Path | None = None  # a feature network of one's own, exported by torch.export
+    perceptual_weight: float = 0.5  # of its loss
     draws_per_image: int = 1  # noise levels a picture and step; the encoder runs once for all
     codebook_from_data: bool = False  # fit the codebook to encoder outputs of the first pictures
     gate_init: float = 0.0  # start of the gates; 0.1 instead of the published 0 starts faster
@@ -132,6 +148,8 @@ class PriorRecipe(Recipe):
     model: str = "demo"  # a preset of dar_fast.config, or a config.json
     override: tuple[str, ...] = ()  # changes to the model, such as dit.depth=8
     tokenizer: Path = Path("runs/tokenizer/tokenizer")  # folder of the trained tokenizer
+    tokens: Path | None = None  # folder that dar tokenize wrote; None: encode `data` in this run
+    ten_crop: bool = False  # views are ten crops of pictures at 1.1 times the size, as published
     flip: bool = False  # also train on mirrored pictures
     views: int = 0  # further augmented encodings of every picture
     dropout: float = 0.1  # on embeddings, attention output and feed-forward output
