@@ -4,7 +4,8 @@ Compute bound: 2·M·V·D FLOPs forward, 6·M·V·D backward (that product again
 storing the logits takes 6, and no [M, V] in memory (M = 8192, V = 16384: 537 MB in fp32, and as
 much for their gradient). Of a training step of prior L the repeated product is 1.6%.
 CUDA: one program a tile of logits, which stays on chip; it writes its logsumexp, 4·M·V/BLOCK_V
-bytes in all, and a small reduction combines them. PyTorch: chunks of rows.
+bytes in all, and a small reduction combines them. PyTorch: chunks of rows; where gradients of a
+mean or a sum are asked for, each chunk gives its own while its logits are there: 6·M·V·D in all.
 Source: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models (2024).
 """
 
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from dar_kernels.aot import DecoderShape, Shape, Variant
 from dar_kernels.checks import Dim, check_below, check_tensor, dtypes_beside, lowered
-from dar_kernels.dispatch import Op
+from dar_kernels.dispatch import Op, needs_grad
 from dar_kernels.implementations import by_torch, by_triton
 from dar_kernels.linear_cross_entropy_backward import (
+    add_gradients,
     chunks,
     dlogits_kernel,
+    dlogits_of,
     inside,
     linear_cross_entropy_backward,
     logits_tile,
@@ -113,6 +116,50 @@ def _autograd(ctx, dloss: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor, None, N
 _linear_cross_entropy.register_autograd(_autograd, setup_context=_setup_context)
 
 
+@torch.library.custom_op("dar::linear_cross_entropy_summed", mutates_args=())
+def _linear_cross_entropy_summed(
+    x: Tensor, weight: Tensor, targets: Tensor, factors: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of `factors` `[M]` times the losses, and its gradients in `x` and `weight`."""
+    x, weight, targets = contiguous_last(x), contiguous_last(weight), targets.contiguous()
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.zeros((), dtype=wide(x), device=x.device)
+    dweight = torch.zeros(weight.shape, dtype=total.dtype, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        for rows in chunks(x, weight):
+            part, factor = x[rows], factors[rows]
+            logits = (part @ weight.T).to(total.dtype)
+            lse = logits.logsumexp(-1)
+            index, valid = inside(targets[rows], len(weight))
+            picked = torch.where(valid, logits.gather(1, index), math.nan).squeeze(1)
+            total += torch.where(factor == 0, 0, factor * (lse - picked)).sum()
+            dlogits = dlogits_of(logits, targets[rows], lse, factor).to(x.dtype)
+            add_gradients(dlogits, part, weight, dx[rows], dweight)
+    return total, dx, dweight.to(weight.dtype)
+
+
+@_linear_cross_entropy_summed.register_fake
+def _(x: Tensor, weight: Tensor, targets: Tensor, factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty((), dtype=wide(x)), x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _keep_gradients(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], output[2])
+
+
+def _scale_gradients(
+    ctx, dtotal: Tensor | None, *_: Tensor
+) -> tuple[Tensor | None, Tensor | None, None, None]:
+    if dtotal is None:
+        return None, None, None, None
+    dx, dweight = ctx.saved_tensors
+    return dx * dtotal.to(dx.dtype), dweight * dtotal.to(dweight.dtype), None, None
+
+
+_linear_cross_entropy_summed.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
 def variants(shape: Shape) -> Iterator[Variant]:
     """Forward and backward tiles of the head, in bf16 and fp32; the tiles differ by chip."""
     if not isinstance(shape, DecoderShape):
@@ -174,6 +221,12 @@ def linear_cross_entropy(
     check_below(OP.name, "targets", targets, len(weight), kept)
     x, weight = lowered(x, weight)
     chosen = OP.pick(device.type, x.dtype, implementation)
+    if chosen == "torch" and reduction != "none" and M and needs_grad(x, weight):
+        factors = torch.ones(M, dtype=wide(x), device=device) if kept is None else kept.to(wide(x))
+        if reduction == "mean":
+            factors = factors / factors.sum()
+        summed: Tensor = _linear_cross_entropy_summed(x, weight, targets, factors)[0]
+        return summed
     loss: Tensor = _linear_cross_entropy(x, weight, targets, chosen)[0]
     if kept is not None:
         loss = torch.where(kept, loss, 0)

@@ -11,6 +11,7 @@ from truth import DEVICE, DTYPES, TRITON, check_against_truth, relative_error
 from dar_kernels import linear_cross_entropy_backward as backward
 from dar_kernels.linear_cross_entropy import (
     _linear_cross_entropy,
+    _linear_cross_entropy_summed,
     linear_cross_entropy,
     linear_cross_entropy_ref,
 )
@@ -195,6 +196,31 @@ def test_registration(way):
         backward.linear_cross_entropy_backward,
         (torch.ones(5, device=DEVICE), *plain, targets, lse, way),
     )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_with_the_loss_are_those_of_the_rows(small_chunks, reduction):
+    """A mean's gradients are made beside it, those of single losses in a backward pass."""
+    x, weight, targets = make_inputs(300, 8, 40)
+    results = []
+    for rows_first in (False, True):
+        leaves = x.double().requires_grad_(), weight.double().requires_grad_()
+        how = {"ignore_index": 3, "implementation": "torch"}
+        if rows_first:
+            rows = linear_cross_entropy(*leaves, targets, reduction="none", **how)
+            loss = rows.sum() / (1 if reduction == "sum" else (targets != 3).sum())
+        else:
+            loss = linear_cross_entropy(*leaves, targets, reduction=reduction, **how)
+        results.append((loss.detach(), *torch.autograd.grad(loss * 0.7, leaves)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_registration_of_the_summed_loss():
+    x, weight, targets = make_inputs(5, 16, 20)
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    factors = torch.full((5,), 0.2, device=DEVICE)
+    torch.library.opcheck(_linear_cross_entropy_summed, (*leaves, targets, factors))
 
 
 @pytest.mark.parametrize("way", [*WAYS, None])
