@@ -15,10 +15,10 @@ from dar_fast.checkpoint import CheckpointError
 from dar_fast.checkpoint.pipeline_folder import (
     check_parts,
     load_parts,
-    pick_device,
     pick_dtype,
     save_parts,
 )
+from dar_fast.device import pick_device
 from dar_fast.engine import Engine, EngineConfig
 from dar_fast.engine.batch import batch_frames
 from dar_fast.engine.keeper import EngineKeeper

@@ -16,10 +16,10 @@ from dar_fast.checkpoint.pipeline_folder import (
     DEMO,
     check_parts,
     load_parts,
-    pick_device,
     pick_dtype,
 )
 from dar_fast.config import PRIORS, TOKENIZERS, PriorConfig, TokenizerConfig
+from dar_fast.device import pick_device
 from dar_fast.models import Prior, Tokenizer
 from dar_fast.models.layers import pack
 

@@ -47,25 +47,6 @@ def check_parts(
     return label_table(labels, prior.config.num_classes)
 
 
-def pick_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for; by default the GPU where there is one, else the CPU.
-
-    Raises:
-        TypeError, ValueError: where it is no device, or one that torch does not have here.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not isinstance(device, str | torch.device):
-        raise TypeError(f"device: expected a string or torch.device, got {type(device).__name__}")
-    try:
-        picked = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected one such as 'cpu' or 'cuda', got {device!r}") from error
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: expected one of this machine, got {device!r}: no GPU is at hand")
-    return picked
-
-
 def pick_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
     """The dtype asked for; by default fp32 on the CPU, bf16 elsewhere.
 
@@ -191,6 +172,6 @@ def _move_parts(work: Path, target: Path) -> None:
 
 
 __all__ = [
-    "PIPELINE_INDEX", "PipelineParts", "check_parts", "load_parts", "pick_device", "pick_dtype",
+    "PIPELINE_INDEX", "PipelineParts", "check_parts", "load_parts", "pick_dtype",
     "save_parts",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 
 from dar_fast import DARPipeline, __version__
 from dar_fast.checkpoint import CheckpointError, pipeline_folder, save_model
-from dar_fast.checkpoint.pipeline_folder import pick_device, pick_dtype
+from dar_fast.checkpoint.pipeline_folder import pick_dtype
 
 
 @pytest.fixture
@@ -170,14 +170,9 @@ def test_swapped_parts(folder: Path) -> None:
         DARPipeline.from_pretrained(folder)
 
 
-def test_devices_and_dtypes() -> None:
-    assert pick_device("cpu") == torch.device("cpu")
+def test_dtypes() -> None:
     assert pick_dtype(None, torch.device("cpu")) == torch.float32
     assert pick_dtype(None, torch.device("cuda")) == torch.bfloat16
-    with pytest.raises(ValueError, match="device: expected one such as 'cpu' or 'cuda', got 'x'"):
-        pick_device("x")
-    with pytest.raises(TypeError, match="device: expected a string"):
-        pick_device(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"dtype: expected a torch\.dtype, got str 'fp8'"):
         pick_dtype("fp8", torch.device("cpu"))  # type: ignore[arg-type]
     with pytest.raises(
