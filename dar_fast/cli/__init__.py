@@ -1,17 +1,12 @@
-"""`dar`: the command line. One typed function a command; torch waits until a command needs it.
-
-Exit status: 0 done, 2 bad usage (ValueError, TypeError), 130 interrupted, 1 for the rest. An error
-is one line on stderr; `--debug`, anywhere, adds the traceback.
-"""
+"""`dar`: the command line. One typed function a command; torch waits until a command needs it."""
 
 import importlib
-import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
 import dar_fast
+from dar_fast.cli.errors import status_of
 from dar_fast.cli.parse import run_command
 
 COMMANDS: dict[str, tuple[str, str]] = {  # name: where its function is, what it does
@@ -31,13 +26,13 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: where its function is, what it
 }
 BENCH = "what the engine takes: latency, throughput, memory, beside the floor"
 TRAIN = "train the tokenizer or the prior (needs the extra: dar-fast[train])"
-MAX_MESSAGE = 600  # characters of an error line
+TOKENIZE = "a data set to a folder of codes, for training the prior (needs the same extra)"
 
 
 def usage() -> str:
     """The text of `dar --help`."""
     summaries = {name: summary for name, (_, summary) in COMMANDS.items()}
-    summaries |= {"bench": BENCH, "train": TRAIN}
+    summaries |= {"bench": BENCH, "tokenize": TOKENIZE, "train": TRAIN}
     rows = "\n".join(f"  {name:<13}{summary}" for name, summary in summaries.items())
     return (
         "usage: dar COMMAND [options]\n\n"
@@ -57,7 +52,7 @@ def load_command(name: str) -> Callable[..., None]:
         ValueError: where there is no such command.
     """
     if name not in COMMANDS:
-        known = [*COMMANDS, "bench", "train"]
+        known = [*COMMANDS, "bench", "tokenize", "train"]
         near = get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else f" of {', '.join(known)}"
         raise ValueError(f"expected a command, got {name!r}{hint}")
@@ -78,54 +73,17 @@ def run(argv: Sequence[str]) -> None:
         from dar_fast.cli.bench import bench
 
         bench(argv[1:])
-    elif argv[0] == "train":
-        from dar_fast.cli.train import train
+    elif argv[0] in ("train", "tokenize"):
+        from dar_fast.cli import train
 
-        train(argv[1:])
+        (train.train if argv[0] == "train" else train.tokenize)(argv[1:])
     else:
         run_command(load_command(argv[0]), argv[1:], f"dar {argv[0]}")
 
 
-def message(error: BaseException) -> str:
-    """One line that says what went wrong."""
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    elif isinstance(error, OSError | ValueError | TypeError | RuntimeError):
-        text = str(error) or type(error).__name__
-    else:
-        text = f"{type(error).__name__}: {error}"
-    text = " ".join(text.split())
-    return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
-
-
-def exit_status(error: BaseException) -> int:
-    """The exit status that an error stands for."""
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    return 2 if isinstance(error, ValueError | TypeError) else 1
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `dar` with `argv` (by default the process's) and return the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    debug = "--debug" in arguments[:end]
-    arguments = [a for a in arguments[:end] if a != "--debug"] + arguments[end:]
-    try:
-        run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, `head` for one, has enough; there is nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except SystemExit as leaving:  # help was asked for and shown
-        return leaving.code if isinstance(leaving.code, int) else 0
-    except (Exception, KeyboardInterrupt) as error:
-        if debug:
-            traceback.print_exc()
-        text = "interrupted" if isinstance(error, KeyboardInterrupt) else message(error)
-        sys.stderr.write(f"dar: error: {text}\n")
-        return exit_status(error)
-    return 0
+    return status_of(run, argv)
 
 
 __all__ = ["main"]

@@ -5,14 +5,17 @@ import functools
 import io
 import re
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import tyro
 
+T = TypeVar("T")
 _FRAME = " ╭╮╰╯│─|+"  # what tyro draws its boxes with
 _OPTION = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
 _UNREAD = re.compile(r"Error parsing (\S+): .*?(int|INT|float|FLOAT)\b.*?['\"](.*)['\"]")
 _CHOICE = re.compile(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)")
 _APART = re.compile(r"Unrecognized options: ([^-].*)")
+_REFUSED = re.compile(r"^Error parsing \w+: ")  # by the type itself, which says it all
 _MISSING = re.compile(r"Missing from [\w ]+: (\S+)")
 
 
@@ -45,7 +48,7 @@ def plain(text: str) -> str:
         return f"expected {found[1]}, got none"
     if found := _APART.match(text):
         return f"expected names and files together, before the options, got {found[1]!r} apart"
-    return text
+    return _REFUSED.sub("", text)
 
 
 def run_command(command: Callable[..., None], argv: Sequence[str], program: str) -> None:
@@ -55,21 +58,35 @@ def run_command(command: Callable[..., None], argv: Sequence[str], program: str)
         ValueError: where the arguments do not parse; and whatever the command raises.
     """
     calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
+    read_flags(_recorder(command, calls), argv, program, config=(tyro.conf.FlagCreatePairsOff,))
+    for arguments, options in calls:
+        command(*arguments, **options)
+
+
+def read_flags(
+    kind: Callable[..., T],
+    argv: Sequence[str],
+    program: str,
+    *,
+    description: str | None = None,
+    config: Sequence[Any] = (),
+) -> T:
+    """What tyro makes of `argv` for a dataclass or a function.
+
+    Raises:
+        ValueError: where the arguments do not parse, or `kind` itself refuses them.
+        SystemExit: with status 0, where help was asked for.
+    """
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            tyro.cli(
-                _recorder(command, calls),
-                prog=program,
-                args=list(argv),
-                config=(tyro.conf.FlagCreatePairsOff,),
+            return tyro.cli(
+                kind, prog=program, args=list(argv), description=description, config=config
             )
     except SystemExit as leaving:
         if leaving.code in (None, 0):
             raise
         raise ValueError(brief(errors.getvalue(), program)) from None
-    for arguments, options in calls:
-        command(*arguments, **options)
 
 
 def _recorder(

@@ -1,43 +1,46 @@
 """`dar train …`: one typed subcommand a job; every flag is a field of a recipe.
 
-python -m dar_train.cli tokenizer --data emoji-32.npz --out runs/tokenizer --minutes 80
+dar train tokenizer --data emoji-32.npz --out runs/tokenizer --minutes 80
+dar train show prior --preset XL > xl.toml
+torchrun --nproc-per-node 8 -m dar_train.cli prior --recipe xl.toml
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
-import tyro
-
-from dar_train.recipes import PRIOR_RECIPES, TOKENIZER_RECIPES, ClassifierRecipe
+from dar_fast.cli.errors import status_of
+from dar_fast.cli.parse import read_flags
+from dar_train.flags import recipe_of_flags
+from dar_train.recipes import (
+    CLASSIFIER_RECIPES,
+    PRIOR_RECIPES,
+    TOKENIZER_RECIPES,
+    PriorRecipe,
+    TokenizerRecipe,
+    recipe_toml,
+)
+from dar_train.recipes.base import Recipe
+from dar_train.recipes.checks import did_you_mean, of_known
 from dar_train.reporting import shown_logs
 
-R = TypeVar("R")
-
-
-def _parse(recipes: Mapping[str, R], argv: Sequence[str], program: str) -> R:
-    """The preset that `--preset` names, changed by the other flags."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="demo")
-    preset = first.parse_known_args(argv)[0].preset
-    if preset not in recipes:
-        raise ValueError(f"preset: expected one of {sorted(recipes)}, got {preset!r}")
-    default = recipes[preset]
-    return tyro.cli(type(default), default=default, args=list(argv), prog=program)
+KINDS: Mapping[str, Mapping[str, Recipe]] = {
+    "tokenizer": TOKENIZER_RECIPES,
+    "prior": PRIOR_RECIPES,
+    "classifier": CLASSIFIER_RECIPES,
+}
 
 
 def tokenizer(argv: Sequence[str]) -> None:
-    """Train the tokenizer; presets v1, lite, demo."""
-    recipe = _parse(TOKENIZER_RECIPES, argv, "dar train tokenizer")
+    """Train the tokenizer; presets v1, lite, v1-4096, demo."""
+    recipe = recipe_of_flags(TOKENIZER_RECIPES, argv, "dar train tokenizer")
     from dar_train.tokenizer_loop import train_tokenizer
 
     train_tokenizer(recipe)
 
 
 def prior(argv: Sequence[str]) -> None:
-    """Train the prior over a tokenizer's codes; presets L, XL, demo."""
-    recipe = _parse(PRIOR_RECIPES, argv, "dar train prior")
+    """Train the prior over a tokenizer's codes; presets B to XXXL, 1B, 3B, 7B, demo."""
+    recipe = recipe_of_flags(PRIOR_RECIPES, argv, "dar train prior")
     from dar_train.prior_loop import train_prior
 
     train_prior(recipe)
@@ -45,10 +48,27 @@ def prior(argv: Sequence[str]) -> None:
 
 def classifier(argv: Sequence[str]) -> None:
     """Train the small classifier that judges samples."""
-    recipe = tyro.cli(ClassifierRecipe, args=list(argv), prog="dar train classifier")
+    recipe = recipe_of_flags(CLASSIFIER_RECIPES, argv, "dar train classifier")
     from dar_train.classifier import train_classifier
 
     train_classifier(recipe)
+
+
+def show(argv: Sequence[str]) -> None:
+    """Print a recipe as TOML for --recipe: dar train show prior --preset XL."""
+    if not argv or argv[0].startswith("-"):
+        names = "|".join(KINDS)
+        if argv and argv[0] in ("-h", "--help"):
+            text = f"usage: dar train show {names} [--preset NAME] [--recipe FILE] [flags]\n"
+            sys.stdout.write(text)
+            return
+        raise ValueError(f"show: expected {names}, got {argv[0] if argv else 'none'}")
+    if argv[0] not in KINDS:
+        raise ValueError(of_known("show", argv[0], KINDS))
+    recipe = recipe_of_flags(KINDS[argv[0]], argv[1:], f"dar train show {argv[0]}")
+    if isinstance(recipe, TokenizerRecipe | PriorRecipe):
+        recipe.config()  # says what is wrong with the model
+    sys.stdout.write(recipe_toml(recipe))
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -56,33 +76,40 @@ def evaluate(argv: Sequence[str]) -> None:
     from dar_train.evaluate import EvaluateRecipe
     from dar_train.evaluate import evaluate as report
 
-    report(tyro.cli(EvaluateRecipe, args=list(argv), prog="dar train evaluate"))
+    report(read_flags(EvaluateRecipe, argv, "dar train evaluate"))
 
 
 def export(argv: Sequence[str]) -> None:
     """Join a trained tokenizer and prior into one pipeline folder."""
     from dar_train.export import ExportRecipe, export_pipeline
 
-    export_pipeline(tyro.cli(ExportRecipe, args=list(argv), prog="dar train export"))
+    export_pipeline(read_flags(ExportRecipe, argv, "dar train export"))
+
+
+def card(argv: Sequence[str]) -> None:
+    """Write the embedded model's card from a report."""
+    from dar_train.card import CardRecipe, write_card
+
+    write_card(read_flags(CardRecipe, argv, "dar train card"))
 
 
 def demo(argv: Sequence[str]) -> None:
-    """Train, export and report the embedded model, in calls that resume one another."""
+    """Train, export, report and describe the embedded model, in calls that resume one another."""
     from dar_train.demo import DemoRecipe, train_demo
 
-    train_demo(tyro.cli(DemoRecipe, args=list(argv), prog="dar train demo"))
+    train_demo(read_flags(DemoRecipe, argv, "dar train demo"))
 
 
 def emoji(argv: Sequence[str]) -> None:
     """Build the emoji data set."""
-    from dar_train.emoji import main as build
+    from dar_train.emoji import build_command
 
-    tyro.cli(build, args=list(argv), prog="dar train emoji")
+    build_command(argv, "dar train emoji")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     command.__name__: command
-    for command in (demo, emoji, tokenizer, prior, export, classifier, evaluate)
+    for command in (demo, emoji, tokenizer, prior, classifier, export, evaluate, card, show)
 }
 
 
@@ -97,22 +124,17 @@ def run(argv: Sequence[str]) -> None:
         sys.stdout.write("usage: dar train COMMAND [flags]\n\n" + "\n".join(lines) + "\n")
         return
     if argv[0] not in COMMANDS:
-        raise ValueError(f"dar train: expected one of {sorted(COMMANDS)}, got {argv[0]!r}")
+        known = ", ".join(sorted(COMMANDS))
+        raise ValueError(
+            f"dar train: expected one of {known}, got {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}"
+        )
     with shown_logs():
         COMMANDS[argv[0]](argv[1:])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run and return the exit status: 0 done, 1 failed, 2 bad usage."""
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except (ValueError, TypeError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except (RuntimeError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+    """Run and return the exit status: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
+    return status_of(run, argv, "dar train")
 
 
 if __name__ == "__main__":

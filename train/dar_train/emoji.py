@@ -25,9 +25,10 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import tyro
 from PIL import Image
 
+from dar_fast.cli.errors import status_of
+from dar_fast.cli.parse import read_flags
 from dar_fast.files import atomic_write
 from dar_train.emoji_sources import (
     EMOJI_TEST,
@@ -229,17 +230,15 @@ def main(out: Path = Path("data/emoji"), size: int = 32) -> None:
     )
 
 
+def build_command(argv: Sequence[str], program: str) -> None:
+    """`main` with the flags of a command line."""
+    read_flags(main, argv, program)
+
+
 def command(argv: Sequence[str] | None = None) -> int:
     """Run `main` and return the exit status: 0 done, 1 failed, 2 bad usage."""
-    try:
-        tyro.cli(main, args=argv, prog="python -m dar_train.emoji")
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except (DataError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+    program = "python -m dar_train.emoji"
+    return status_of(lambda arguments: build_command(arguments, program), argv, program)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from dar_fast.cli import main, message, report
+from dar_fast.cli import main, report
+from dar_fast.cli.errors import message
 
 Dar = Callable[..., Any]
 ROOT = Path(__file__).parents[3]
