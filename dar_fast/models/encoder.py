@@ -32,13 +32,6 @@ class Encoder(nn.Module):
             partial(grid_angles, self.grid, self.grid, config.head_dim, config.num_tokens)
         )
 
-    def mask(self, device: torch.device) -> Tensor:
-        """`[P + N, P + N]`, true where the row looks at the column."""
-        P, N = self.grid**2, self.num_tokens
-        mask = torch.ones(P + N, P + N, dtype=torch.bool, device=device).tril()
-        mask[:P, :P] = True
-        return mask
-
     def forward(self, images: Tensor) -> Tensor:
         patches = layer_norm(
             self.patchify(images).flatten(2).transpose(1, 2), eps=NORM_EPS
@@ -46,7 +39,7 @@ class Encoder(nn.Module):
         queries = self.query_linear(self.query_embedding.weight[: self.num_tokens])  # [N, D]
         queries = queries.to(patches.dtype).expand(len(images), -1, -1)
         x = torch.cat((patches, queries), dim=1)  # [B, P + N, D]
-        tables, mask = self.rotary.tables(x.device), self.mask(x.device)
+        tables = self.rotary.tables(x.device)
         for layer in self.layers:
-            x = layer(x, tables, mask)
+            x = layer(x, tables, prefix=self.grid**2)
         return layer_norm(x[:, -self.num_tokens :], eps=NORM_EPS)

@@ -169,13 +169,12 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         tables: tuple[Tensor, Tensor] | None = None,
-        mask: Tensor | None = None,
-        causal: bool = False,
+        prefix: int | None = None,
     ) -> Tensor:
         y = normed_attention(
             self.q(x), self.k(x), self.v(x),
             self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias,
-            *(tables or (None, None)), mask=mask, causal=causal,
+            *(tables or (None, None)), prefix=prefix,
         )  # fmt: skip
         return self.proj(y)
 
@@ -211,10 +210,10 @@ class GatedBlock(nn.Module):
         self,
         x: Tensor,
         tables: tuple[Tensor, Tensor] | None = None,
-        mask: Tensor | None = None,
-        causal: bool = False,
+        prefix: int | None = None,
     ) -> Tensor:
-        x = x + self.gate1 * self.attention(self._norm(self.norm1, x), tables, mask, causal)
+        """The token at position i sees those before max(prefix, i + 1); None: all."""
+        x = x + self.gate1 * self.attention(self._norm(self.norm1, x), tables, prefix)
         return x + self.gate2 * self.mlp(self._norm(self.norm2, x))
 
     @staticmethod

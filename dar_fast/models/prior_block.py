@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dar_fast.config import PriorConfig
 from dar_fast.models.kv_cache import KVCache, StaticCache
 from dar_fast.models.quantized import Product
-from dar_kernels import NormedResidual, rms_norm_residual, rope_2d, swiglu
+from dar_kernels import NormedResidual, attention, rms_norm_residual, rope_2d, swiglu
 
 Cache = KVCache | StaticCache
 
@@ -50,9 +50,12 @@ class PriorAttention(nn.Module):
         n, mask = x.shape[1], None
         if cache is not None:
             k, v, mask = cache.append(layer, k, v)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and n > 1, enable_gqa=H != Hkv
-        )
+        if cache is None:
+            y = attention(q, k, v, prefix=0)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None and n > 1, enable_gqa=H != Hkv
+            )
         return self.proj(y.transpose(1, 2).flatten(2))
 
 

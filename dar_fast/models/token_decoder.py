@@ -43,7 +43,7 @@ class TokenDecoder(nn.Module):
         if cache is None or positions is None:
             x = x + table[: x.shape[1]]
             for layer in self.layers:
-                x = layer(x, causal=True)
+                x = layer(x, prefix=0)
         else:
             x = x + table[positions]
             for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):

@@ -1,11 +1,16 @@
 """dar_kernels: the ops of dar_fast, one a file; they know nothing of models."""
 
+from contextlib import AbstractContextManager
+
 from dar_kernels.adaln_cross_attention import OP as _ADALN_CROSS_ATTENTION
 from dar_kernels.adaln_cross_attention import absorb_output, adaln_cross_attention
 from dar_kernels.adaln_modulate import OP as _ADALN_MODULATE
 from dar_kernels.adaln_modulate import AdaLNModulate, adaln_modulate
+from dar_kernels.attention import OP as _ATTENTION
+from dar_kernels.attention import attention
 from dar_kernels.decode_step import OP as _DECODE_STEP
-from dar_kernels.dispatch import Choice, UnavailableError, prefer
+from dar_kernels.dispatch import Choice, UnavailableError, require
+from dar_kernels.dispatch import prefer as _prefer
 from dar_kernels.dispatch import report as _report
 from dar_kernels.flow_step import OP as _FLOW_STEP
 from dar_kernels.flow_step import flow_step
@@ -54,6 +59,7 @@ from dar_kernels.vq_nearest import vq_nearest
 OPS = (
     _ADALN_CROSS_ATTENTION,
     _ADALN_MODULATE,
+    _ATTENTION,
     _DECODE_STEP,
     _FLOW_STEP,
     _GATE_RESIDUAL_MODULATE,
@@ -72,6 +78,26 @@ OPS = (
     _VQ_LOSSES,
     _VQ_NEAREST,
 )
+
+
+def prefer(implementation: str, op: str | None = None) -> AbstractContextManager[None]:
+    """Within it, an implementation by name: a wish to every op, or an order to one.
+
+    Without `op`: every op that can run `torch`, `native` or `triton` does, the others choose as
+    ever. With it (`prefer("flash-attn", op="attention")`): every call of that op runs the named
+    implementation, or raises UnavailableError and says why. `implementation=` of a call comes
+    first; a compiled graph keeps what held while it was traced.
+
+    Raises:
+        ValueError: where there is no such op, or no such implementation.
+        UnavailableError: where it is not installed.
+    """
+    if op is None:
+        return _prefer(implementation)
+    for known in OPS:
+        if known.name == op:
+            return require(known, implementation)
+    raise ValueError(f"op: expected one of {', '.join(o.name for o in OPS)}, got {op!r}")
 
 
 def report(devices: tuple[str, ...] = ("cpu", "cuda")) -> dict[str, dict[str, Choice]]:
@@ -93,6 +119,7 @@ __all__ = [
     "absorb_output",
     "adaln_cross_attention",
     "adaln_modulate",
+    "attention",
     "flow_step",
     "fp8_missing",
     "fp8_weight",

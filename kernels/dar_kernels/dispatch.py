@@ -1,14 +1,17 @@
 """Which implementation of an op runs: by device and dtype, or the one the caller named, no other.
 
-An op lists its implementations in order of preference; each says why it cannot run here, or None.
-The cost is a few attribute reads a call; what is installed is looked up once.
+An op lists its implementations in order of preference; each says in a sentence why it cannot run
+here, or this call, or None. The cost is a few attribute reads a call; what is installed is looked
+up once. `prefer` is a wish to every op that has such an implementation; `require` orders one op.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, ParamSpec, TypeVar
+from types import MappingProxyType
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -37,6 +40,9 @@ NAMES: dict[str, Callable[[], str | None]] = {
     "triton": triton_support.missing,
 }
 _PREFERRED: ContextVar[str | None] = ContextVar("dar_kernels implementation", default=None)
+_REQUIRED: ContextVar[Mapping[str, str]] = ContextVar(
+    "dar_kernels required", default=MappingProxyType({})
+)
 
 
 @contextmanager
@@ -71,32 +77,55 @@ def preferred() -> str | None:
     return _PREFERRED.get()
 
 
+@functools.cache
+def capability() -> tuple[int, int] | None:
+    """Compute capability of the CUDA device; None where there is none."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Implementation(Generic[P, R_co]):
     """One way to compute an op.
 
     Args:
-        name: `torch`, `native` or `triton`.
+        name: `torch`, `native` or `triton`, or a library's.
+        also: further names that stand for it.
         run: the function; every implementation of an op takes the same arguments.
         devices: device types it runs on; empty: all.
         on_request: further device types, where the caller names it.
         dtypes: dtypes it takes; empty: all that the op takes.
         backward: whether gradients pass through it.
+        by_default: whether it runs where nobody names it.
+        capability: the least compute capability on CUDA.
+        limits: why it cannot run a call of this description, which is the op's own; or None.
         missing: why it is not installed, and how to get it; None where it is.
     """
 
     name: str
     run: Callable[P, R_co]
+    also: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
     on_request: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
     backward: bool = True
+    by_default: bool = True
+    capability: tuple[int, int] | None = None
+    limits: Callable[[Any], str | None] | None = None
     missing: Callable[[], str | None] = _installed
 
+    def answers(self, name: str) -> bool:
+        """Whether `name` names it."""
+        return name == self.name or name in self.also
+
     def why_not(
-        self, device: str, dtype: torch.dtype, named: bool = False, grad: bool = False
+        self,
+        device: str,
+        dtype: torch.dtype,
+        named: bool = False,
+        grad: bool = False,
+        call: Hashable = None,
     ) -> str | None:
-        """The reason it cannot run on this device type and dtype, or None."""
+        """The reason it cannot run on this device type and dtype, or this call, or None."""
         if grad and not self.backward:
             return "has no backward"
         if self.devices and device not in self.devices:
@@ -106,7 +135,21 @@ class Implementation(Generic[P, R_co]):
                 return self.missing() or f"runs on {device} only where it is named"
         if self.dtypes and dtype not in self.dtypes:
             return f"takes {', '.join(str(d) for d in self.dtypes)} only"
-        return self.missing()
+        if self.limits is not None and call is not None:
+            reason = self.limits(call)
+            if reason is not None:
+                return reason
+        return self.missing() or self._here(device) or self._unnamed(named)
+
+    def _here(self, device: str) -> str | None:
+        found = capability() if device == "cuda" else None
+        if self.capability is None or found is None or found >= self.capability:
+            return None
+        least, here = (".".join(map(str, c)) for c in (self.capability, found))
+        return f"needs compute capability {least}, this device has {here}"
+
+    def _unnamed(self, named: bool) -> str | None:
+        return None if named or self.by_default else "runs only where it is named"
 
 
 class Choice(NamedTuple):
@@ -129,33 +172,32 @@ class Op(Generic[P, R_co]):
         dtype: torch.dtype,
         implementation: str | None = None,
         grad: bool = False,
+        call: Hashable = None,
     ) -> Implementation[P, R_co]:
-        """The one that `implementation` names, or `prefer` where it can run, or the first that can.
+        """The one that `implementation` or `require` names, `prefer`'s where it can run, the first.
 
-        `grad`: gradients are to pass through it.
+        `grad`: gradients are to pass through it. `call`: what the op's `limits` read.
 
         Raises:
             ValueError: where no implementation has that name.
             UnavailableError: where the named one cannot run on this device and dtype, or none can.
         """
+        implementation = implementation or self.required
         if implementation is None and (wanted := preferred()) is not None:
             for candidate in self.implementations:
-                named = candidate.name == wanted
-                if named and candidate.why_not(device, dtype, named, grad) is None:
+                named = candidate.answers(wanted)
+                if named and candidate.why_not(device, dtype, named, grad, call) is None:
                     return candidate
         reasons: dict[str, str] = {}
         for candidate in self.implementations:
-            if implementation is not None and candidate.name != implementation:
+            if implementation is not None and not candidate.answers(implementation):
                 continue
-            reason = candidate.why_not(device, dtype, implementation is not None, grad)
+            reason = candidate.why_not(device, dtype, implementation is not None, grad, call)
             if reason is None:
                 return candidate
             reasons[candidate.name] = reason
         if implementation is not None and not reasons:
-            names = ", ".join(i.name for i in self.implementations)
-            raise ValueError(
-                f"{self.name}: expected implementation one of {names}, got {implementation!r}"
-            )
+            raise self._unknown(implementation)
         what = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UnavailableError(f"{self.name} on {device} in {dtype}: {what}")
 
@@ -165,12 +207,35 @@ class Op(Generic[P, R_co]):
         dtype: torch.dtype,
         implementation: str | None = None,
         grad: bool = False,
+        call: Hashable = None,
     ) -> str:
         """The name of what `choose` chooses; a constant of the graph where torch.compile traces."""
-        return self.choose(device, dtype, implementation, grad).name
+        return self.choose(device, dtype, implementation, grad, call).name
 
     # What torch.compiler.assume_constant_result sets, without importing the compiler for it.
     pick._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    @property
+    def required(self) -> str | None:
+        """The name that `require` gives for this op here, if any."""
+        return _REQUIRED.get().get(self.name)
+
+    def named(self, implementation: str) -> Implementation[P, R_co]:
+        """The implementation of that name.
+
+        Raises:
+            ValueError: where there is none.
+        """
+        for candidate in self.implementations:
+            if candidate.answers(implementation):
+                return candidate
+        raise self._unknown(implementation)
+
+    def _unknown(self, implementation: str) -> ValueError:
+        names = ", ".join(i.name for i in self.implementations)
+        return ValueError(
+            f"{self.name}: expected implementation one of {names}, got {implementation!r}"
+        )
 
     def explain(self, device: str, dtype: torch.dtype) -> Choice:
         """The choice without a named implementation, and why not each other one."""
@@ -183,6 +248,27 @@ class Op(Generic[P, R_co]):
                 if i.name != chosen
             },
         )
+
+
+@contextmanager
+def require(op: Op[..., object], implementation: str) -> Iterator[None]:
+    """Within it, every call of `op` runs this implementation, or raises why it cannot.
+
+    `implementation=` of a call comes first. A compiled graph keeps what held while it was traced.
+
+    Raises:
+        ValueError: where the op has no implementation of that name.
+        UnavailableError: where it is not installed, or needs another GPU.
+    """
+    found = op.named(implementation)
+    reason = found.missing() or found._here("cuda")
+    if reason is not None:
+        raise UnavailableError(f"{op.name}: {found.name}: {reason}")
+    token = _REQUIRED.set({**_REQUIRED.get(), op.name: found.name})
+    try:
+        yield
+    finally:
+        _REQUIRED.reset(token)
 
 
 def report(

@@ -1,8 +1,9 @@
 """softmax(rope(LN q) rope(LN k)^T / sqrt(Dh)) v, head by head: attention with norms on q and k.
 
 Compute bound: 4·N²·D FLOPs a row of B. On CUDA the norm and the rotation are kernels of their own
-and the attention is the library's (flash). On a CPU with AVX-512 BF16 all of it is one call: keys
-and values of a head are packed once into the second-level cache, scores never leave the first.
+and the attention is `attention`'s. On a CPU with AVX-512 BF16, without gradients and prefix, all of
+it is one call: keys and values of a head are packed once into the second-level cache, scores never
+leave the first.
 Source: D-AR (arXiv 2505.23660), §3.1; online softmax from Milakov and Gimelshein (2018).
 """
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dar_kernels import native, triton_support
+from dar_kernels.attention import attention, attention_is_named, attention_ref
 from dar_kernels.checks import check_tensor
 from dar_kernels.dispatch import Op, needs_grad
 from dar_kernels.implementations import by_native, by_torch, by_triton
@@ -25,7 +27,7 @@ NATIVE_HEAD_DIMS = (16, 32, 64)
 
 def normed_attention_ref(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor,
-    k_bias: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None = None,
+    k_bias: Tensor, cos: Tensor | None, sin: Tensor | None, prefix: int | None = None,
 ) -> Tensor:  # fmt: skip
     """The definition, in whatever dtype it is given; in fp64 it is the truth the tests use."""
     q, k, v = (_heads(x, len(q_weight)) for x in (q, k, v))  # [B, H, N, Dh]
@@ -33,10 +35,7 @@ def normed_attention_ref(
     k = F.layer_norm(k, k.shape[-1:], k_weight, k_bias, EPS)
     if cos is not None and sin is not None:
         q, k = (_rotate(x, cos.to(x.dtype), sin.to(x.dtype)) for x in (q, k))
-    scores = q @ k.mT * q.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    return attention_ref(q, k, v, prefix).transpose(1, 2).flatten(2)
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
@@ -51,9 +50,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _library(
     implementation: str, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor,
     k_weight: Tensor, k_bias: Tensor, cos: Tensor | None, sin: Tensor | None,
-    mask: Tensor | None = None, causal: bool = False,
+    prefix: int | None = None, inner: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """Norm and rotation as ops of their own, then torch's attention."""
+    """Norm and rotation as ops of their own, then the back end of `attention` named `inner`."""
     q, k, v = (x.unflatten(-1, (-1, len(q_weight))) for x in (q, k, v))  # [B, N, H, Dh]
     q = layer_norm(q, q_weight, q_bias, EPS, implementation=implementation).transpose(1, 2)
     k = layer_norm(k, k_weight, k_bias, EPS, implementation=implementation).transpose(1, 2)
@@ -62,7 +61,7 @@ def _library(
         q = rope_2d(q, cos, sin, implementation=implementation)
         k = rope_2d(k, cos, sin, implementation=implementation)
     q, k = q.to(v.dtype), k.to(v.dtype)  # autocast keeps a norm in fp32
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    y = attention(q, k, v, prefix=prefix, implementation=inner)
     return y.transpose(1, 2).flatten(2)
 
 
@@ -128,7 +127,7 @@ OP = Op(
 def normed_attention(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor,
     k_bias: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *,
-    mask: Tensor | None = None, causal: bool = False, implementation: str | None = None,
+    prefix: int | None = None, implementation: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of `q` over `k` and `v` with a LayerNorm and a rotation on each head of q and k.
 
@@ -137,35 +136,37 @@ def normed_attention(
             are read in place.
         q_weight, q_bias, k_weight, k_bias: `[Dh]`.
         cos, sin: `[N, Dh / 2]` fp32, or None: no rotation. Pairs are interleaved.
-        mask: bool `[N, N]`, true where a query looks; not with `native`.
-        causal: query i sees keys ≤ i; not with `native`.
+        prefix: None: every query sees all keys; p: the one at i sees the keys before max(p, i + 1),
+            so 0 is causal order. Not with `native`.
         implementation: `triton`, `native` (CPU with AVX-512 BF16, bf16, Dh 16, 32 or 64, without
-            gradients or mask) or `torch`; None: the first that can run.
+            gradients or prefix) or `torch`, attention included; None: the first that can run, and
+            the back end of `attention` that `require` names or its rule finds.
 
     Returns:
         `[B, N, D]`. Differentiable but for `native`.
 
     Raises:
         TypeError: where an argument is no floating point tensor.
-        ValueError: where shapes or devices do not fit, or `native` is named with a mask.
+        ValueError: where shapes or devices do not fit, or `native` is named with a prefix.
         UnavailableError: where the named implementation cannot run here.
     """
     _check(q, k, v, (q_weight, q_bias, k_weight, k_bias), cos, sin)
     tensors = (q, k, v, q_weight, q_bias, k_weight, k_bias)
-    special = mask is not None or causal or len(q_weight) not in NATIVE_HEAD_DIMS
+    special = prefix is not None or len(q_weight) not in NATIVE_HEAD_DIMS
     special = special or torch.is_autocast_enabled(q.device.type)
     if implementation == "native" and special:
         raise ValueError(
-            "normed_attention: expected no mask, autocast or causal order and a head width of "
-            f"{NATIVE_HEAD_DIMS} for native, got width {len(q_weight)}, causal {causal}, "
-            f"mask {None if mask is None else list(mask.shape)}"
+            "normed_attention: expected no prefix or autocast and a head width of "
+            f"{NATIVE_HEAD_DIMS} for native, got width {len(q_weight)}, prefix {prefix}"
         )
+    special = special or attention_is_named()
     chosen = OP.pick(q.device.type, q.dtype, implementation, needs_grad(*tensors) or special)
     if chosen == "native":
         if torch.compiler.is_compiling():  # a custom op costs 60 µs a call, which eager can spare
             return _normed_attention(*tensors, cos, sin)
         return _compiled(*tensors, cos, sin)
-    return _library(chosen, *tensors, cos, sin, mask, causal)
+    inner = "torch" if implementation == "torch" else None
+    return _library(chosen, *tensors, cos, sin, prefix, inner)
 
 
 def _check(

@@ -1,12 +1,13 @@
 """normed_attention against its definition in fp64, in every implementation."""
 
 import functools
+import importlib
 
 import pytest
 import torch
 from truth import DEVICE, DTYPES, EPS, TRITON, check_against_truth, relative_error
 
-from dar_kernels import UnavailableError
+from dar_kernels import UnavailableError, prefer
 from dar_kernels.normed_attention import (
     OP,
     _normed_attention,
@@ -14,6 +15,7 @@ from dar_kernels.normed_attention import (
     normed_attention_ref,
 )
 
+module = importlib.import_module("dar_kernels.normed_attention")  # a function hides its name
 NATIVE = OP.implementations[1].missing() is None
 native_only = pytest.mark.skipif(not NATIVE, reason="no AVX-512 BF16 or no extension here")
 WAYS = ["torch", *["triton"] * TRITON]
@@ -115,14 +117,11 @@ def test_native_is_chosen_without_gradients_only():
         normed_attention(*tensors, implementation="native")
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_mask_and_causal_order(causal):
+@pytest.mark.parametrize("prefix", [0, 1, 4, 8, 9])
+def test_prefixes(prefix):
     *tensors, cos, sin = inputs(2, 9, 2, 16, device="cpu")
-    mask = torch.ones(9, 9, dtype=torch.bool).tril()
-    truth = normed_attention_ref(*(x.double() for x in tensors), cos, sin, mask)
-    options = {"causal": True} if causal else {"mask": mask}
-    y = normed_attention(*tensors, cos, sin, **options)
-    torch.testing.assert_close(y, truth.float())
+    truth = normed_attention_ref(*(x.double() for x in tensors), cos, sin, prefix)
+    torch.testing.assert_close(normed_attention(*tensors, cos, sin, prefix=prefix), truth.float())
 
 
 @native_only
@@ -169,7 +168,25 @@ def test_wrong_arguments_are_named(change, error, message):
         normed_attention(*arguments)
 
 
-def test_native_with_a_mask_is_an_error():
+def test_native_with_a_prefix_is_an_error():
     arguments = [x.bfloat16() for x in inputs(1, 4, 2, 16, device="cpu")[:7]]
-    with pytest.raises(ValueError, match="expected no mask, autocast or causal order"):
-        normed_attention(*arguments, causal=True, implementation="native")
+    with pytest.raises(ValueError, match=r"no prefix or autocast .* prefix 0"):
+        normed_attention(*arguments, prefix=0, implementation="native")
+
+
+@native_only
+def test_a_named_attention_runs_within(monkeypatch):
+    """Where a back end is named, the op with an attention of its own makes way for it."""
+
+    def fused(*arguments):
+        raise AssertionError("the native op ran")
+
+    monkeypatch.setattr(module, "_compiled", fused)
+    tensors = [x.bfloat16() for x in inputs(1, 20, 2, 16, device="cpu")[:7]]
+    with torch.no_grad():
+        with pytest.raises(AssertionError, match="the native op ran"):
+            normed_attention(*tensors)
+        with prefer("reference", op="attention"):
+            y = normed_attention(*tensors)
+        truth = normed_attention_ref(*(x.double() for x in tensors), None, None)
+    assert relative_error(y, truth) < 2e-2
