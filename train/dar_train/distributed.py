@@ -81,6 +81,13 @@ def join(device: str = AUTO, timeout_minutes: float = TIMEOUT_MINUTES) -> Ranks:
         torch.cuda.set_device(ranks.device)
     if ranks.world == 1:
         return ranks
+    if dist.is_initialized():  # by a launcher such as Ray Train
+        if (dist.get_rank(), dist.get_world_size()) != ranks[:2]:
+            raise ValueError(
+                f"RANK, WORLD_SIZE: expected {dist.get_rank()} and {dist.get_world_size()}, as the "
+                f"ranks have met, got {ranks.rank} and {ranks.world}"
+            )
+        return ranks
     gpu = ranks.device.type == "cuda"
     try:
         dist.init_process_group(
@@ -107,9 +114,12 @@ def leave() -> None:
 def joined(device: str = AUTO, timeout_minutes: float = TIMEOUT_MINUTES) -> Iterator[Ranks]:
     """`join`, and `leave` in any case: a rank that fails closes its connections.
 
+    Ranks that a launcher has made meet are left as they are.
+
     Raises:
         RanksError: where another rank dies, or does not answer within the timeout.
     """
+    met = dist.is_initialized()
     ranks = join(device, timeout_minutes)
     try:
         yield ranks
@@ -121,7 +131,8 @@ def joined(device: str = AUTO, timeout_minutes: float = TIMEOUT_MINUTES) -> Iter
             f"{timeout_minutes:g} minutes ({_first_line(error)}); its own messages say why"
         ) from error
     finally:
-        leave()
+        if not met:
+            leave()
 
 
 def lost_rank(error: BaseException) -> bool:

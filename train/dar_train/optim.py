@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dar_train.shards import local
+
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 MUON_MOMENTUM = 0.95
 
@@ -136,6 +138,8 @@ def rate_scale(
 class Ema:
     """Exponential moving average of a module, kept as a second module ready for evaluation.
 
+    Of a sharded module every rank keeps its shards' average, with no message.
+
     The decay warms up as min(decay, (1 + n) / (10 + n)) over n updates, so early averages forget
     the initial weights.
     """
@@ -154,8 +158,8 @@ class Ema:
     def update(self) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        average: list[Tensor] = list(self._average)
-        source: list[Tensor] = list(self._source)
+        average: list[Tensor] = [local(p) for p in self._average]
+        source: list[Tensor] = [local(p) for p in self._source]
         torch._foreach_lerp_(average, source, 1.0 - decay)
         for mine, theirs in self._buffers:
             mine.copy_(theirs)
