@@ -1,287 +1,285 @@
-"""The loop that both trainings share: schedule, step, average, budget, states, reports.
+"""The loop of every training: batch, passes, clipping, optimizers, average; states and reports.
 
-One step reads and writes every weight about 12 times beside the passes themselves; the order, the
-draws and the augmentation are functions of (seed, step), so a resumed run is the uninterrupted one.
+A step reads and writes every weight about 12 times beside the passes themselves. The order, the
+draws and the augmentation are functions of (seed, step), so a resumed run is the uninterrupted one,
+and on an accelerator nothing is read back within a step.
 """
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Generic
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dar_train import checkpoints
-from dar_train.data import Order, chunks, derived_seed
+from dar_train.checkpoints import Checkpoints, TrainState
+from dar_train.data import chunks
+from dar_train.draws import Draws
+from dar_train.meter import Meter, Reading, to_host
 from dar_train.optim import Ema, build_optimizers, progress, rate_scale, set_learning_rate
+from dar_train.pace import Every, Now, Stop
+from dar_train.parallel import Parallel
 from dar_train.recipes import Recipe
 from dar_train.reporting import Report, logger
+from dar_train.shards import local
+from dar_train.task import BatchT, Loss, Task, rows_of
 
-CHECK_EVERY = 16  # steps between looks at the loss on an accelerator, where each one waits for it
+AGREE_EVERY = 16  # steps between two looks at the first rank's clock, where there are several ranks
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on."""
 
 
-class Loss(NamedTuple):
-    """A scalar to minimise and detached scalars to report."""
-
-    total: Tensor
-    parts: dict[str, Tensor]
-
-
-class Task(Protocol):
-    """What a training adds to the loop."""
-
-    title: str
-    order: Order
-
-    @property
-    def model(self) -> nn.Module:
-        """The module to train."""
-
-    def loss(self, indices: Tensor, generator: torch.Generator) -> Loss:
-        """The loss of the samples `indices`; every draw comes from `generator`."""
-
-    def after_step(self, step: int, indices: Tensor, loop: "Loop") -> dict[str, float]:
-        """Work between steps, 1-based; returns numbers to report at the next log line."""
-
-    def notes(self) -> dict[str, float]:
-        """Further numbers for a log line, counted since the last one."""
-
-    def evaluate(self, averaged: nn.Module, step: int) -> dict[str, float]:
-        """Held-out figures of the averaged model."""
-
-    def extra_state(self) -> dict[str, object]:
-        """Plain JSON to keep in the saved state."""
-
-    def load_extra_state(self, state: dict[str, object]) -> None:
-        """Restore `extra_state`."""
-
-
-@dataclass
-class Clock:
-    """When something timed last happened, in training seconds."""
-
-    minutes: float
-    last: float = 0.0
-
-    def due(self, now: float) -> bool:
-        if now - self.last < 60 * self.minutes:
-            return False
-        self.last = now
-        return True
-
-
-@dataclass
-class Stop:
-    """Set by SIGINT and SIGTERM while a run lasts."""
-
-    reason: str | None = None
-    _old: dict[int, object] = field(default_factory=dict)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        def handler(number: int, frame: FrameType | None) -> None:
-            self.reason = signal.Signals(number).name
-
-        old = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                old[number] = signal.signal(number, handler)
-        except ValueError:  # only the main thread may listen; elsewhere signals are not ours
-            logger.debug("not in the main thread: no signal handlers")
-        try:
-            yield
-        finally:
-            for number, previous in old.items():
-                signal.signal(number, previous)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device a recipe asks for; auto is the first accelerator, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:<n>, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: expected an available device, got {name!r} without a GPU")
-    return device
-
-
-class Loop:
+class Loop(Generic[BatchT]):
     """A training run of `task` under `recipe`; `run` returns True when the whole run is over."""
 
-    def __init__(self, recipe: Recipe, task: Task, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, task: Task[BatchT], parallel: Parallel) -> None:
         self.recipe = recipe
         self.task = task
-        self.device = device
-        self.folder = recipe.out / "states"
+        self.parallel = parallel
+        self.device = parallel.ranks.device
         self.optimizers = build_optimizers(
             task.model, recipe.optimizer, lr=recipe.lr, muon_lr=recipe.muon_lr,
             betas=recipe.betas, weight_decay=recipe.weight_decay,
         )  # fmt: skip
         self.ema = Ema(task.model, recipe.ema)
-        self.parameters = [p for p in task.model.parameters() if p.requires_grad]
-        self.step = 0
+        self.now = Now(0, 0.0)
         self.samples = 0
-        self.seconds = 0.0  # of training, over all calls
-        self.generator = torch.Generator(device)
-        self.last_saved: Path | None = None
+        self.checkpoints = Checkpoints(
+            recipe.out / "states", parallel.ranks, recipe.keep, recipe.async_save
+        )
+        self._unsaved = True
+        self._flags: list[Reading] = []  # whether the steps so far were finite
         self._resume()
+
+    # states
 
     def _resume(self) -> None:
         if self.recipe.start == "fresh":
             return
-        state = checkpoints.find_state(self.folder, self.recipe.start)
+        state = self.checkpoints.find(self.recipe.start)
         if state is None:
             if self.recipe.start == "stable":
                 raise ValueError(
-                    f"start: expected a state named 'stable' in {self.folder}, got none"
+                    f"start: expected a state named 'stable' in {self.recipe.out / 'states'}, "
+                    "got none"
                 )
             return
-        record = checkpoints.load_state(state, self.task.model, self.ema, self.optimizers)
+        extra: dict[str, Tensor] = {}
+        weights = TrainState(self.task.model, self.ema.module, self.optimizers, extra)
+        record = self.checkpoints.load(state, weights)
         if record["seed"] != self.recipe.seed:
             raise ValueError(
                 f"seed: expected {record['seed']} as in {state}, got {self.recipe.seed}"
             )
-        self.step, self.samples = int(record["step"]), int(record["samples"])
-        self.seconds = float(record["seconds"])
-        self.task.load_extra_state(record["extra"])
-        self.last_saved = state
-        logger.info("resumed %s: step %d, %.1f min", state, self.step, self.seconds / 60)
+        self._unsaved = False
+        self.now = Now(int(record["step"]), float(record["seconds"]))
+        self.samples = int(record["samples"])
+        self.ema.updates = int(record["ema_updates"])
+        self.task.batches.load_state_dict(record["batches"])
+        self.task.load_state_dict({**record["task"], **extra})
+        logger.info("resumed %s: step %d, %.1f min", state, self.now.step, self.now.seconds / 60)
+
+    def save(self, *, stable: bool = False) -> None:
+        """Write a state; a stable one is kept, to train on from before the decay.
+
+        Raises:
+            TrainingError: where a weight is not finite; nothing is written then.
+        """
+        self._settle_flags(wait=True)
+        self._check_weights()
+        task = self.task.state_dict()
+        extra = {name: value for name, value in task.items() if isinstance(value, Tensor)}
+        record = {
+            "step": self.now.step, "samples": self.samples, "seconds": self.now.seconds,
+            "seed": self.recipe.seed, "recipe": self.recipe.to_dict(),
+            "ema_updates": self.ema.updates, "batches": self.task.batches.state_dict(),
+            "task": {name: value for name, value in task.items() if name not in extra},
+        }  # fmt: skip
+        weights = TrainState(self.task.model, self.ema.module, self.optimizers, extra)
+        pointers = ("latest", "stable") if stable else ("latest",)
+        self.checkpoints.save(self.now.step, weights, record, pointers=pointers)
+
+    def _check_weights(self) -> None:
+        names, weights = zip(*self.task.model.named_parameters(), strict=True)
+        bad = torch.stack([~local(weight).isfinite().all() for weight in weights])
+        for name, shards in zip(names, self.parallel.sum(bad.float()).tolist(), strict=True):
+            if shards:
+                raise TrainingError(f"not saved: {name} is not finite; {self._last_good()}")
+
+    def _last_good(self) -> str:
+        return f"the last good state is {self.checkpoints.last or 'none (nothing was saved yet)'}"
+
+    # one step
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps so far."""
+        return self.now.step
 
     @property
     def done(self) -> float:
         """Fraction of the whole run that is over."""
-        minutes = self.recipe.minutes
-        budget = 60 * minutes if minutes is not None else None
-        return progress(self.step, self.recipe.steps, self.seconds, budget)
+        budget = None if self.recipe.minutes is None else 60 * self.recipe.minutes
+        return progress(self.now.step, self.recipe.steps, self.now.seconds, budget)
 
-    def save(self, *, stable: bool = False) -> None:
-        """Write a state; a stable one is kept, to train on from before the decay."""
-        for name, parameter in self.task.model.named_parameters():
-            if not bool(parameter.detach().isfinite().all()):
-                raise TrainingError(f"not saved: {name} is not finite; {self._last_good()}")
-        self.last_saved = checkpoints.save_state(
-            self.folder, self.task.model, self.ema, self.optimizers,
-            {
-                "step": self.step, "samples": self.samples, "seconds": self.seconds,
-                "seed": self.recipe.seed, "recipe": self.recipe.to_dict(),
-                "extra": self.task.extra_state(),
-            },
-            pointers=("latest", "stable") if stable else ("latest",),
-        )  # fmt: skip
-
-    def _last_good(self) -> str:
-        return f"the last good state is {self.last_saved or 'none (nothing was saved yet)'}"
-
-    def _train_step(self) -> Loss:
+    def step(self) -> Mapping[str, Tensor]:
+        """One optimizer step; returns detached scalars to report."""
         recipe = self.recipe
         scale = rate_scale(
-            self.step, self.done, schedule=recipe.schedule, warmup=recipe.warmup,
+            self.now.step, self.done, schedule=recipe.schedule, warmup=recipe.warmup,
             decay_fraction=recipe.decay_fraction, final=recipe.final_lr,
         )  # fmt: skip
         set_learning_rate(self.optimizers, scale)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        indices = self.task.order.take(self.samples, recipe.batch)
-        pieces = chunks(indices, recipe.micro_batch or recipe.batch)
-        total = torch.zeros((), device=self.device)
-        parts: dict[str, Tensor] = {}
-        for i, piece in enumerate(pieces):
-            seed = derived_seed(recipe.seed, 1, self.step, i)
-            self.generator.manual_seed(seed)
-            torch.manual_seed(seed)  # dropout inside the model
-            part = self.task.loss(piece, self.generator)
-            weight = len(piece) / len(indices)
-            (part.total * weight).backward()  # type: ignore[no-untyped-call]
-            total = total + part.total.detach() * weight
-            for name, value in part.parts.items():
-                scaled = value.detach() * weight
-                parts[name] = parts[name] + scaled if name in parts else scaled
-        norm = nn.utils.clip_grad_norm_(self.parameters, recipe.grad_clip)
-        self.step += 1
-        if self.device.type == "cpu" or self.step % CHECK_EVERY == 0:
-            self._check_finite(total, norm)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.ema.update()
-        self.samples += len(indices)
-        self._indices = indices
-        return Loss(total, {**parts, "grad_norm": norm, "rate": torch.tensor(scale)})
+        parts = self._passes()
+        norm = self.parallel.clip(recipe.grad_clip)
+        self.now = self.now._replace(step=self.now.step + 1)
+        self.samples += recipe.batch
+        if self._finite(norm):
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.ema.update()
+        return {**parts, "grad_norm": norm, "rate": torch.tensor(scale)}
 
-    def _check_finite(self, total: Tensor, norm: Tensor) -> None:
-        if not bool(torch.isfinite(total + norm)):
-            raise TrainingError(
-                f"step {self.step}: the loss is {float(total):.4g} and the gradient norm "
-                f"{float(norm):.4g}; {self._last_good()}"
-            )
+    def _passes(self) -> dict[str, Tensor]:
+        """Gradients of the next batch, micro-batch by micro-batch; mean scalars of this rank."""
+        recipe, task, ranks = self.recipe, self.task, self.parallel.ranks
+        batch = task.batches.next()
+        count = len(batch[0])
+        positions = torch.arange(count) + ranks.rank * count
+        draws = Draws(recipe.seed, self.now.step, recipe.batch, positions, self.device)
+        rows = task.arrange(batch, draws)
+        whole = rows is None and (recipe.micro_batch or count) >= count
+        pieces = chunks(torch.arange(count) if rows is None else rows, recipe.micro_batch or count)
+        sums: dict[str, Tensor] = {}
+        for i, piece in enumerate(pieces):
+            part_batch = batch if whole else rows_of(batch, piece)
+            part_draws = draws if whole else draws.take(piece)
+            part_draws.seed_module(ranks.rank)
+            weight = len(piece) / count
+            with self.parallel.accumulating(i + 1 < len(pieces)):
+                loss: Loss = task.loss(part_batch, part_draws)
+                (loss.total * weight).backward()  # type: ignore[no-untyped-call]
+            for name, value in (("loss", loss.total), *loss.parts.items()):
+                scaled = value.detach() * weight
+                sums[name] = sums[name] + scaled if name in sums else scaled
+        self._last = part_batch, part_draws
+        return sums
+
+    def _finite(self, norm: Tensor) -> bool:
+        """Whether to apply this step; the norm is that of all ranks' gradients, so all agree.
+
+        On an accelerator the answer comes a few steps late, but for `skip`, which waits for it.
+
+        Raises:
+            TrainingError: where a step was not finite and the recipe says to stop.
+        """
+        host, copied = to_host(torch.isfinite(norm).reshape(1))
+        self._flags.append(Reading(self.now.step, ("finite",), host, copied, {}))
+        skip = self.recipe.nonfinite == "skip"
+        return self._settle_flags(wait=skip or self.device.type != "cuda")
+
+    def _settle_flags(self, *, wait: bool) -> bool:
+        finite = True
+        while self._flags and (wait or self._flags[0].ready):
+            flag = self._flags.pop(0)
+            if flag.numbers()["finite"]:
+                continue
+            message = f"step {flag.step}: the gradients are not finite"
+            if self.recipe.nonfinite == "stop":
+                raise TrainingError(f"{message}; {self._last_good()}")
+            logger.warning("%s: skipped", message)
+            finite = False
+        return finite
+
+    # the run
 
     def run(self) -> bool:
         """Train until the run is over, the call's time is up, or a signal comes; save in any case.
 
         Raises:
-            TrainingError: where the loss or a weight stops being finite; nothing is saved then.
+            TrainingError: where gradients or a weight stop being finite; nothing is saved then.
         """
-        recipe, task, stop = self.recipe, self.task, Stop()
-        call_seconds = 60 * recipe.call_minutes if recipe.call_minutes else float("inf")
-        log, evaluate, save = (
-            Clock(minutes, self.seconds)
-            for minutes in (recipe.log_minutes, recipe.eval_minutes, recipe.save_minutes)
-        )
-        stable = self.done >= 1 - recipe.decay_fraction  # nothing to mark when resumed in the decay
-        began, before = time.monotonic(), self.seconds
-        sums: dict[str, Tensor] = {}
-        notes: dict[str, float] = {}
-        counted, logged_samples = 0, self.samples
-        task.model.train()
-        with Report(recipe.out, task.title) as report, stop.listening():
-            while self.done < 1.0 and stop.reason is None and self.seconds - before < call_seconds:
-                last_log = log.last
-                loss = self._train_step()
-                notes |= task.after_step(self.step, self._indices, self)
-                self.seconds = before + time.monotonic() - began
-                for name, value in (("loss", loss.total), *loss.parts.items()):
-                    sums[name] = sums[name] + value if name in sums else value
-                counted += 1
-                report.progress(self.done, f"step {self.step} {task.title}")
-                if log.due(self.seconds):
-                    means = {name: float(value) / counted for name, value in sums.items()}
-                    speed = (self.samples - logged_samples) / (self.seconds - last_log)
-                    timing = {"images_per_s": speed, "minutes": self.seconds / 60}
-                    report.write("train", self.step, means | notes | task.notes() | timing)
-                    sums, notes, counted, logged_samples = {}, {}, 0, self.samples
-                if not stable and self.done >= 1 - recipe.decay_fraction:
-                    stable = True
-                    if recipe.schedule in ("linear", "wsd"):
-                        self.save(stable=True)
-                elif save.due(self.seconds):
+        recipe, stop = self.recipe, Stop()
+        self.task.model.train()
+        report = Report(recipe.out, self.task.title, self.now.step, self.parallel.ranks.first)
+        try:
+            with report, stop.listening():
+                self._train(report, stop)
+                if self.now.stop is not None:
+                    logger.info("stopped by %s", self.now.stop)
+                if self._unsaved:
                     self.save()
-                if evaluate.due(self.seconds):
+                self.checkpoints.wait()
+                logger.info("saved %s", self.checkpoints.last)
+                if self.now.stop is None:
                     self._evaluate(report)
-                    self.seconds = before + time.monotonic() - began
-            if stop.reason is not None:
-                logger.info("stopped by %s", stop.reason)
-            self._check_saved()
-            if stop.reason is None:
-                self._evaluate(report)
+        finally:
+            self.task.batches.close()
         return self.done >= 1.0
 
-    def _check_saved(self) -> None:
-        if self.last_saved is None or not self.last_saved.name.endswith(f"{self.step:08d}"):
-            self.save()
-        logger.info("saved %s at step %d", self.last_saved, self.step)
+    def _train(self, report: Report, stop: Stop) -> None:
+        recipe = self.recipe
+        start = self.now
+        end = start.seconds + (60 * recipe.call_minutes if recipe.call_minutes else float("inf"))
+        log = Every(recipe.log_minutes, recipe.log_steps, start)
+        evaluate = Every(recipe.eval_minutes, recipe.eval_steps, start)
+        save = Every(recipe.save_minutes, recipe.save_steps, start)
+        stable = self.done >= 1 - recipe.decay_fraction  # nothing to mark when resumed in the decay
+        began = time.monotonic()
+        meter, readings, notes = Meter(), list[Reading](), dict[str, float]()
+        logged, logged_samples = start, self.samples
+        while self.done < 1.0 and self.now.stop is None and self.now.seconds < end:
+            meter.add(self.step())
+            notes |= self.task.after_step(*self._last, self)
+            self._unsaved = True
+            self._agree(start.seconds + time.monotonic() - began, stop.reason)
+            report.progress(self.done, f"step {self.now.step} {self.task.title}")
+            self._write(report, readings)
+            if log.due(self.now):
+                rate = (self.samples - logged_samples) / (self.now.seconds - logged.seconds)
+                timing = {"images_per_s": rate, "minutes": self.now.seconds / 60}
+                readings.append(self._reading(meter, notes | self.task.notes() | timing))
+                self._write(report, readings)
+                logged, logged_samples, notes = self.now, self.samples, {}
+            if not stable and self.done >= 1 - recipe.decay_fraction:
+                stable = True
+                if recipe.schedule in ("linear", "wsd"):
+                    self.save(stable=True)
+                    self._unsaved = False
+            elif save.due(self.now):
+                self.save()
+                self._unsaved = False
+            if evaluate.due(self.now):
+                self._evaluate(report)
+        self._write(report, readings, wait=True)
+
+    def _agree(self, seconds: float, reason: str | None) -> None:
+        """Move this rank's clock; several ranks follow the first one's."""
+        if self.parallel.ranks.world > 1:
+            if self.now.step % AGREE_EVERY and self.done < 1.0:
+                return
+            seconds, reason = self.parallel.share((seconds, reason))
+        self.now = Now(self.now.step, seconds, reason)
+
+    def _reading(self, meter: Meter, notes: dict[str, float]) -> Reading:
+        names, means = meter.means()
+        host, copied = to_host(self.parallel.mean(means))
+        for message in self.task.batches.skipped():
+            logger.warning("skipped %s", message)
+        return Reading(self.now.step, names, host, copied, notes)
+
+    def _write(self, report: Report, readings: list[Reading], *, wait: bool = False) -> None:
+        while readings and (wait or readings[0].ready):
+            reading = readings.pop(0)
+            report.write("train", reading.step, reading.numbers())
 
     def _evaluate(self, report: Report) -> None:
-        figures = self.task.evaluate(self.ema.module, self.step)
-        report.write("held_out", self.step, figures)
+        averaged = self.parallel.gathered(self.ema.module)
+        if averaged is not None:
+            with torch.no_grad():
+                report.write("held_out", self.now.step, self.task.evaluate(averaged, self.now.step))
         self.task.model.train()

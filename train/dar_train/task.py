@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dar_train.draws import Draws
+from dar_train.optim import Ema
 
 BatchT = TypeVar("BatchT", bound=tuple[Tensor, ...])
 BatchT_co = TypeVar("BatchT_co", bound=tuple[Tensor, ...], covariant=True)
@@ -46,6 +47,21 @@ class Batches(Protocol[BatchT_co]):
         """Stop the workers."""
 
 
+class Run(Protocol):
+    """What a task may see of the loop between two steps."""
+
+    optimizers: Sequence[torch.optim.Optimizer]
+    ema: Ema
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps so far."""
+
+    @property
+    def done(self) -> float:
+        """Fraction of the whole run that is over."""
+
+
 class Task(Protocol[BatchT]):
     """One training, as the loop sees it."""
 
@@ -62,8 +78,8 @@ class Task(Protocol[BatchT]):
     def loss(self, batch: BatchT, draws: Draws) -> Loss:
         """The mean loss of a micro-batch; every number comes from `draws`."""
 
-    def after_step(self, step: int, batch: BatchT, draws: Draws) -> dict[str, float]:
-        """Work after optimizer step `step`, 1-based; returns numbers for the next log line.
+    def after_step(self, batch: BatchT, draws: Draws, run: Run) -> dict[str, float]:
+        """Work after an optimizer step; returns numbers for the next log line.
 
         `batch` and `draws` are the last micro-batch's.
         """
