@@ -7,6 +7,7 @@
 namespace dar {
 
 void bind_attention(nanobind::module_ &module);
+void bind_attention_train(nanobind::module_ &module);
 void bind_decode_step(nanobind::module_ &module);
 void bind_guided_sample(nanobind::module_ &module);
 void bind_modulate(nanobind::module_ &module);

@@ -9,6 +9,7 @@ NB_MODULE(_native, module) {
     module.doc() = "CPU ops of dar_kernels in C++.";
     module.def("isa_supported", &dar::isa_supported, "Instruction sets that run here, the fastest first.");
     dar::bind_attention(module);
+    dar::bind_attention_train(module);
     dar::bind_decode_step(module);
     dar::bind_guided_sample(module);
     dar::bind_modulate(module);

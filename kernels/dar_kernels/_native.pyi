@@ -21,6 +21,29 @@ def attention(
     eps: float,
     threads: int,
 ) -> None: ...
+def attention_train_supported(head_dim: int) -> bool: ...
+def attention_train(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    prefix: int,
+    threads: int,
+) -> None: ...
+def attention_train_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    prefix: int,
+    threads: int,
+) -> None: ...
 def modulate(
     x: object,
     y: object,
