@@ -1,21 +1,18 @@
-"""Order without state, augmentation, and readers of pictures."""
-
-from pathlib import Path
+"""Order and draws without state, pixels, augmentation."""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dar_train.data import (
     Augmentation,
     Order,
     augment,
     derived_seed,
-    load_pictures,
     random_flip,
     to_float,
     to_uint8,
+    uniforms,
 )
 
 STILL = Augmentation(flip=0.0, affine=0.0, permute=0.0, jitter=0.0)
@@ -29,11 +26,6 @@ def picture(B: int = 6, R: int = 16) -> torch.Tensor:
     images = torch.ones(B, 3, R, R)
     images[:, :, 4:12, 5:11] = torch.rand(B, 3, 8, 6, generator=generator(1)) * 2 - 1
     return images
-
-
-def write(path: Path, size: tuple[int, int] = (20, 16), value: int = 10) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (value, 0, 255)).save(path)
 
 
 def test_order_visits_everything_once_an_epoch() -> None:
@@ -60,6 +52,17 @@ def test_derived_seeds_differ() -> None:
     seeds = {derived_seed(seed, a, b) for seed in range(3) for a in range(3) for b in range(5)}
     assert len(seeds) == 45
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_uniforms_depend_on_the_position_only() -> None:
+    whole = uniforms(5, 0, 40, 3)
+    parts = [uniforms(5, start, 8, 3) for start in range(0, 40, 8)]
+    assert np.array_equal(whole, np.concatenate(parts))
+    assert not np.array_equal(whole, uniforms(6, 0, 40, 3))
+    many = uniforms(5, 10**12, 4000, 3)
+    assert 0 <= many.min() < 0.01
+    assert 0.99 < many.max() < 1
+    np.testing.assert_allclose(many.mean(axis=0), 0.5, atol=0.02)
 
 
 def test_bytes_round_trip() -> None:
@@ -123,52 +126,3 @@ def test_random_flip_mirrors_some() -> None:
     mirrored = (out == images.flip(-1)).flatten(1).all(dim=1)
     assert bool((same | mirrored).all())
     assert 5 < int(mirrored.sum()) < 35
-
-
-def test_folder_of_pictures(tmp_path) -> None:
-    for label, name in enumerate(("cat", "dog")):
-        for i in range(10):
-            write(tmp_path / name / f"{i}.png", value=100 * label)
-    (tmp_path / "cat" / "notes.txt").write_text("not a picture")
-    data = load_pictures(tmp_path, 8)
-    assert data.images.shape == (20, 3, 8, 8)
-    assert data.label_names == ["cat", "dog"]
-    assert len(data.held_out) == 2
-    assert len(data.train) == 18
-    for index in range(20):
-        assert set(data.images[index, 0].unique().tolist()) == {100 * int(data.labels[index])}
-
-
-def test_transparent_pictures_stand_on_white(tmp_path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / name / "0.png")
-    assert int(load_pictures(tmp_path, 8).images.min()) == 255
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda path: path / "missing.npz", "packed file or a folder of pictures, got"),
-        (lambda path: path, "expected sub-folders with pictures"),
-    ],
-    ids=["missing", "empty"],
-)
-def test_bad_paths(tmp_path, make, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_pictures(make(tmp_path), 8)
-
-
-def test_corrupt_picture(tmp_path) -> None:
-    write(tmp_path / "a" / "0.png")
-    (tmp_path / "a" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
-    with pytest.raises(ValueError, match=r"expected a readable picture, got .*1\.png"):
-        load_pictures(tmp_path, 8)
-
-
-def test_held_out_split_of_a_folder_is_fixed(tmp_path) -> None:
-    for i in range(30):
-        write(tmp_path / "a" / f"{i:02}.png")
-    first, second = load_pictures(tmp_path, 8), load_pictures(tmp_path, 8)
-    assert torch.equal(first.held_out, second.held_out)
-    assert not np.isin(first.held_out.numpy(), first.train.numpy()).any()
