@@ -210,3 +210,11 @@ def test_the_state_before_the_decay_is_kept(recipe) -> None:
     assert kept == ["step-00000004", "step-00000008"]
     again = Fit(replace(decaying, start="stable"))
     assert Loop(replace(decaying, start="stable"), again, again.parallel).steps_done == 4
+
+
+def test_without_an_average_the_model_itself_is_evaluated(recipe) -> None:
+    plain = replace(recipe, ema=0.0)
+    task = run(plain)
+    assert lines(plain, "held_out")[-1]["weight"] == float(task.model.weight[0].detach())
+    again = Fit(replace(plain, steps=9))
+    assert Loop(replace(plain, steps=9), again, again.parallel).steps_done == 8

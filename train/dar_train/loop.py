@@ -67,7 +67,7 @@ class Loop(Generic[BatchT]):
                 )
             return
         extra: dict[str, Tensor] = {}
-        weights = TrainState(self.task.model, self.ema.module, self.optimizers, extra)
+        weights = TrainState(self.task.model, self.ema.saved, self.optimizers, extra)
         record = self.checkpoints.load(state, weights)
         if record["seed"] != self.recipe.seed:
             raise ValueError(
@@ -97,7 +97,7 @@ class Loop(Generic[BatchT]):
             "ema_updates": self.ema.updates, "batches": self.task.batches.state_dict(),
             "task": {name: value for name, value in task.items() if name not in extra},
         }  # fmt: skip
-        weights = TrainState(self.task.model, self.ema.module, self.optimizers, extra)
+        weights = TrainState(self.task.model, self.ema.saved, self.optimizers, extra)
         pointers = ("latest", "stable") if stable else ("latest",)
         self.checkpoints.save(self.now.step, weights, record, pointers=pointers)
 
@@ -280,6 +280,7 @@ class Loop(Generic[BatchT]):
     def _evaluate(self, report: Report) -> None:
         averaged = self.parallel.gathered(self.ema.module)
         if averaged is not None:
+            averaged.eval()
             with torch.no_grad():
                 report.write("held_out", self.now.step, self.task.evaluate(averaged, self.now.step))
         self.task.model.train()

@@ -23,7 +23,7 @@ class Reading(NamedTuple):
     @property
     def ready(self) -> bool:
         """Whether reading would not wait."""
-        return self.copied is None or self.copied.query()
+        return self.copied is None or self.copied.query()  # type: ignore[no-untyped-call]
 
     def numbers(self) -> dict[str, float]:
         """All numbers; waits for the copy."""
@@ -38,7 +38,7 @@ def to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         return values.detach().clone(), None
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values.detach(), non_blocking=True)
-    copied = torch.cuda.Event()
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record()
     return host, copied
 

@@ -141,7 +141,7 @@ class Ema:
     Of a sharded module every rank keeps its shards' average, with no message.
 
     The decay warms up as min(decay, (1 + n) / (10 + n)) over n updates, so early averages forget
-    the initial weights.
+    the initial weights. Decay 0 keeps no average: `module` is the trained one, `saved` is empty.
     """
 
     def __init__(self, module: nn.Module, decay: float, updates: int = 0) -> None:
@@ -149,13 +149,19 @@ class Ema:
             raise ValueError(f"ema: expected a decay in [0, 1), got {decay}")
         self.decay = decay
         self.updates = updates
+        if decay == 0.0:
+            self.module, self.saved = module, nn.Module()
+            return
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.saved = self.module  # what a state has beside the model
         self._average = list(self.module.parameters())
         self._source = list(module.parameters())
         self._buffers = list(zip(self.module.buffers(), module.buffers(), strict=True))
 
     @torch.no_grad()
     def update(self) -> None:
+        if self.decay == 0.0:
+            return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         average: list[Tensor] = [local(p) for p in self._average]

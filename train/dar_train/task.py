@@ -50,7 +50,7 @@ class Batches(Protocol[BatchT_co]):
 class Run(Protocol):
     """What a task may see of the loop between two steps."""
 
-    optimizers: Sequence[torch.optim.Optimizer]
+    optimizers: list[torch.optim.Optimizer]
     ema: Ema
 
     @property
