@@ -32,14 +32,18 @@ class Encoder(nn.Module):
             partial(grid_angles, self.grid, self.grid, config.head_dim, config.num_tokens)
         )
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, tokens: int | None = None) -> Tensor:
+        """Rows of the first `tokens` queries, or of all N: no query sees a later one."""
+        tokens = self.num_tokens if tokens is None else tokens
         patches = layer_norm(
             self.patchify(images).flatten(2).transpose(1, 2), eps=NORM_EPS
         )  # [B, P, D]
-        queries = self.query_linear(self.query_embedding.weight[: self.num_tokens])  # [N, D]
+        queries = self.query_linear(self.query_embedding.weight[:tokens])  # [n, D]
         queries = queries.to(patches.dtype).expand(len(images), -1, -1)
-        x = torch.cat((patches, queries), dim=1)  # [B, P + N, D]
-        tables = self.rotary.tables(x.device)
-        for layer in self.layers:
-            x = layer(x, tables, prefix=self.grid**2)
-        return layer_norm(x[:, -self.num_tokens :], eps=NORM_EPS)
+        x = torch.cat((patches, queries), dim=1)  # [B, P + n, D]
+        cos, sin = self.rotary.tables(x.device)
+        tables = cos[: x.shape[1]], sin[: x.shape[1]]
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            x = layer(x, tables, prefix=self.grid**2, wanted=tokens if i == last else None)
+        return layer_norm(x, eps=NORM_EPS)

@@ -131,6 +131,12 @@ class Rotary:
         return self._tables[device]
 
 
+def rows_at(x: Tensor, columns: Tensor) -> Tensor:
+    """`[m B, Q, D]`: of `x` `[B, N, D]`, row i of `columns` `[m B, Q]` int64 in picture i mod B."""
+    x = x.repeat(len(columns) // len(x), 1, 1)
+    return x.gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))
+
+
 class Attention(nn.Module):
     """Multi-head attention with per-head LayerNorm on q and k before the rotation.
 
@@ -170,13 +176,15 @@ class Attention(nn.Module):
         x: Tensor,
         tables: tuple[Tensor, Tensor] | None = None,
         prefix: int | None = None,
+        wanted: int | Tensor | None = None,
     ) -> Tensor:
+        queries = x[:, -wanted:] if isinstance(wanted, int) else x
         y = normed_attention(
-            self.q(x), self.k(x), self.v(x),
+            self.q(queries), self.k(x), self.v(x),
             self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias,
             *(tables or (None, None)), prefix=prefix,
         )  # fmt: skip
-        return self.proj(y)
+        return self.proj(rows_at(y, wanted) if isinstance(wanted, Tensor) else y)
 
 
 class MLP(nn.Module):
@@ -197,6 +205,8 @@ class GatedBlock(nn.Module):
     `gate_init` is the start of both gate vectors: zero as published; 0.1 leaves the start faster.
     """
 
+    dynamic = True  # how to compile it: a training pass has as many tokens as its draws need
+
     def __init__(self, dim: int, head_dim: int, gate_init: float = 0.0) -> None:
         super().__init__()
         self.gate1 = nn.Parameter(torch.full((dim,), gate_init))
@@ -211,9 +221,17 @@ class GatedBlock(nn.Module):
         x: Tensor,
         tables: tuple[Tensor, Tensor] | None = None,
         prefix: int | None = None,
+        wanted: int | Tensor | None = None,
     ) -> Tensor:
-        """The token at position i sees those before max(prefix, i + 1); None: all."""
-        x = x + self.gate1 * self.attention(self._norm(self.norm1, x), tables, prefix)
+        """The token at position i sees those before max(prefix, i + 1); None: all.
+
+        `wanted`: what to return, for a last layer: the last so many tokens, or `rows_at` these
+        columns. The others are then keys and values only.
+        """
+        y = self.attention(self._norm(self.norm1, x), tables, prefix, wanted)
+        if wanted is not None:
+            x = x[:, -wanted:] if isinstance(wanted, int) else rows_at(x, wanted)
+        x = x + self.gate1 * y
         return x + self.gate2 * self.mlp(self._norm(self.norm2, x))
 
     @staticmethod

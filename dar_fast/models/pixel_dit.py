@@ -5,8 +5,8 @@
     x += gate_a self_attention(LN(x)(1 + scale_a) + shift_a)
     x += gate_m mlp(LN(x)(1 + scale_m) + shift_m)
 
-`forward` is `velocity` of two constants, `times` and `conditions`, which an engine keeps: the first
-for every solver step there is, the second for the steps that read one group.
+An engine keeps two constants, `times` and `conditions`, the first for every solver step there is,
+the second for the steps that read one group; `forward` leaves both to the blocks.
 Compute bound: 40 D^2 FLOPs a patch and block beside attention. Source: arXiv 2505.23660, §3.2.
 """
 
@@ -96,8 +96,19 @@ class DiTBlock(nn.Module):
         return BlockCondition(keys, absorb_output(values, cross.proj.weight))
 
     def forward(
-        self, x: Tensor, time: Tensor, condition: BlockCondition, tables: tuple[Tensor, Tensor]
+        self,
+        x: Tensor,
+        time: Tensor,
+        condition: BlockCondition | Tensor,
+        tables: tuple[Tensor, Tensor],
     ) -> Tensor:
+        """The block at `x` `[B, patches, D]`.
+
+        `time` and `condition` are what an engine keeps; or what they are made of, the sinusoid of
+        the times and the group's normed tokens: all the block's parameters are then used here.
+        """
+        if isinstance(condition, Tensor):
+            time, condition = self.time_embed(time), self.condition(condition)
         cross = self.cross_attention
         features = adaln_cross_attention(
             x, cross.q.operand, cross.q.bias, cross.q_norm.weight, cross.q_norm.bias,
@@ -158,10 +169,16 @@ class PixelDiT(nn.Module):
         )
         return self.repa_out(pooled.flatten(2).transpose(1, 2))
 
+    def _features(self, t: Tensor) -> Tensor:
+        weight = self.cond_mlp.weight
+        return time_features(t, len(weight)).to(weight.dtype)
+
+    def _normed(self, cond: Tensor) -> Tensor:
+        return layer_norm(self.cond_mlp(cond), eps=NORM_EPS)
+
     def times(self, t: Tensor) -> Iterator[Tensor]:
         """Every block's embedding `[B, D]` of times `t` `[B]` in [0, 1], one after the other."""
-        weight = self.cond_mlp.weight
-        features = time_features(t, len(weight)).to(weight.dtype)
+        features = self._features(t)
         return (cast(DiTBlock, block).time_embed(features) for block in self.blocks)
 
     def conditions(self, cond: Tensor) -> Iterator[BlockCondition]:
@@ -169,14 +186,14 @@ class PixelDiT(nn.Module):
 
         Who keeps none holds one block's at a time, H Q (D + Dh) numbers a picture.
         """
-        cond = layer_norm(self.cond_mlp(cond), eps=NORM_EPS)
+        cond = self._normed(cond)
         return (cast(DiTBlock, block).condition(cond) for block in self.blocks)
 
     def velocity(
         self,
         x: Tensor,
         times: Iterable[Tensor],
-        conditions: Iterable[BlockCondition],
+        conditions: Iterable[BlockCondition | Tensor],
         *,
         align: bool = False,
     ) -> Velocity:
@@ -194,4 +211,6 @@ class PixelDiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor, *, align: bool = False) -> Velocity:
         """Velocity at noisy images `x` `[B, 3, R, R]`, times `t` `[B]`, conditions `[B, Q, D]`."""
-        return self.velocity(x, self.times(t), self.conditions(cond), align=align)
+        times, conditions = [self._features(t)], [self._normed(cond)]
+        depth = len(self.blocks)
+        return self.velocity(x, times * depth, conditions * depth, align=align)

@@ -46,13 +46,11 @@ class Quantizer(nn.Module):
         for the first steps of a training run, before a codebook is worth having.
         """
         codes = self.nearest(z)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))  # autocast may have lowered it
         if noise is not None:
-            free = torch.zeros_like(codes, dtype=torch.float32)
-            return Quantized(
-                codes, F.normalize(F.normalize(z.float(), dim=-1) + noise, dim=-1), free, free
-            )
-        rows, codebook = z.flatten(0, 1).float(), self.codebook.float()
-        losses = vq_losses(rows, codebook, codes.flatten(), commitment=COMMITMENT)
+            free = (0 * self.codebook.sum()).float().expand(codes.shape)  # ranks expect a gradient
+            return Quantized(codes, F.normalize(F.normalize(z, dim=-1) + noise, dim=-1), free, free)
+        losses = vq_losses(z.flatten(0, 1), self.codebook, codes.flatten(), commitment=COMMITMENT)
         return Quantized(
             codes,
             losses.embedding.view(z.shape),

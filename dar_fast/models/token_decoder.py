@@ -33,17 +33,26 @@ class TokenDecoder(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, cache: TokenCache | None = None, positions: Tensor | None = None
+        self,
+        x: Tensor,
+        cache: TokenCache | None = None,
+        positions: Tensor | None = None,
+        columns: Tensor | None = None,
     ) -> Tensor:
-        """Conditions `[B, n, D]` of embedded codes: of all, or of those at `positions` `[n]` int64.
+        """Conditions `[B, n, D]` of the first n embedded codes `x` `[B, n, D]`.
 
-        These go behind the others in `cache`, as `extend` has it, by a graph of one shape.
+        Args:
+            cache, positions: `x` are those at `positions` `[n]` int64 instead, and go behind the
+                others in `cache`, as `extend` has it, by a graph of one shape.
+            columns: `[m B, Q]` int64, the conditions wanted, without a cache: row i those of
+                picture i mod B; the result is `[m B, Q, D]`.
         """
         table = self.position_embedding.weight
         if cache is None or positions is None:
             x = x + table[: x.shape[1]]
-            for layer in self.layers:
-                x = layer(x, prefix=0)
+            last = len(self.layers) - 1
+            for i, layer in enumerate(self.layers):
+                x = layer(x, prefix=0, wanted=columns if i == last else None)
         else:
             x = x + table[positions]
             for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):

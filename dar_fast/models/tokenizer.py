@@ -48,7 +48,7 @@ class TokenizerTraining(NamedTuple):
     commit: Tensor
     predicted_images: Tensor  # [B, 3, R, R], the jump estimate of x_1 in image units
     repa: Tensor | None  # [B, 256, 768]
-    codes: Tensor  # [B, N]
+    codes: Tensor  # [B, n], of the tokens that were computed
     state_velocity: Tensor | None  # [B, 3, R, R], at the solver states, where there were any
 
 
@@ -97,9 +97,9 @@ class Tokenizer(nn.Module):
                 f"codes: expected values in [0, {V}), got {int(codes.min())} to {int(codes.max())}"
             )
 
-    def pre_quantize(self, images: Tensor) -> Tensor:
-        """`[B, N, C]`: the encoder's rows before normalising."""
-        return self.quantizer.proj_in(self.encoder(images))
+    def pre_quantize(self, images: Tensor, tokens: int | None = None) -> Tensor:
+        """`[B, n, C]`: the encoder's rows before normalising, of the first `tokens` or all N."""
+        return self.quantizer.proj_in(self.encoder(images, tokens))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -219,45 +219,64 @@ class Tokenizer(nn.Module):
         noise: Tensor,
         code_noise: Tensor | None = None,
         states: States | None = None,
+        *,
+        tokens: int | None = None,
+        count: Tensor | float | None = None,
+        align: bool = True,
     ) -> TokenizerTraining:
-        """Losses at drawn times `u` `[B]` in [0, 1) and noise `[B, 3, R, R]` (REFERENCE §4).
+        """Losses at drawn times and noise (REFERENCE §4).
 
         Only the drawn group's conditions reach the pixel DiT; the VQ losses cover the tokens up to
-        it. With `u` `[m B]` and noise `[m B, 3, R, R]` every picture serves m draws, row i the
-        picture i mod B, and the encoder and the token decoder run once. `code_noise` `[B, N, C]`
-        stands in for quantising. `states`, one a picture, are evaluated along with the draws.
+        it. The encoder and the token decoder run once for all draws of a picture.
+
+        Args:
+            images: `[B, 3, R, R]` in [-1, 1].
+            u: `[m B]` in [0, 1), m draws a picture: row i is one of picture i mod B.
+            noise: `[m B, 3, R, R]`, standard normal.
+            code_noise: `[B, n, C]`, n ≥ `tokens`, that stands in for quantising.
+            states: one a picture, evaluated along with the draws.
+            tokens: how many of the N tokens to compute, none before the end of a group that a draw
+                or a state reads: no token sees a later one, so the others change nothing. None: N.
+            count: what the VQ losses are divided by; None: the tokens used in this call. Pieces of
+                a batch add up to its mean if one with b of T pictures passes b / T times its count.
+            align: whether to run the alignment head, where there is one.
+
+        Raises:
+            ValueError: where `tokens` is out of range, or too small (seen on a CPU only).
         """
         config = self.config
-        Q = config.group_size
-        quantized = self.quantizer.quantize(self.pre_quantize(images), code_noise)
-        conditions = self.token_decoder(self.quantizer.proj_out(quantized.embedding))  # [B, N, D]
+        Q, N = config.group_size, config.num_tokens
         t, start = self.drawn(u)
-        wide = t[:, None, None, None]
         x_1 = config.dit.data_std * images.repeat(len(u) // len(images), 1, 1, 1)
+        wide = t[:, None, None, None]
         x_t = wide * x_1 + (1 - wide) * noise
         x = x_t
         if states is not None:
             x = torch.cat((x_t, states.x))
             t, start = torch.cat((t, states.t)), torch.cat((start, states.start))
-        conditions, vq, commit = (
-            part.repeat(len(x) // len(images), *(1,) * (part.ndim - 1))
-            for part in (conditions, quantized.vq, quantized.commit)
-        )  # the passes so far serve all rows of a picture
+        tokens = N if tokens is None else tokens
+        least = int(start.max()) + Q if start.device.type == "cpu" else Q
+        if not least <= tokens <= N:
+            raise ValueError(f"tokens: expected an integer in [{least}, {N}], got {tokens}")
+        if code_noise is not None:
+            code_noise = code_noise[:, :tokens]
+        quantized = self.quantizer.quantize(self.pre_quantize(images, tokens), code_noise)
         columns = start[:, None] + torch.arange(Q, device=u.device)
-        group = conditions.gather(
-            1, columns[..., None].expand(-1, -1, conditions.shape[-1])
+        group = self.token_decoder(
+            self.quantizer.proj_out(quantized.embedding), columns=columns
         )  # [rows, Q, D]
-        out = self.pixel_dit(x, t, group, align=config.dit.repa_layer is not None)
-        predicted, at_states = out.velocity.float().tensor_split([len(u)])
+        out = self.pixel_dit(x, t, group, align=align and config.dit.repa_layer is not None)
+        predicted, at_states = out.velocity.to(x.dtype).tensor_split([len(u)])
         velocity = x_1 - noise
-        used = torch.arange(config.num_tokens, device=u.device) < (start + Q)[:, None]  # [rows, N]
-        count = used.sum()
+        used = torch.arange(tokens, device=u.device) < (start + Q)[:, None]  # [rows, n]
+        rows = used.view(-1, len(images), tokens).sum(0)  # [B, n]: by how many rows of a picture
+        count = rows.sum() if count is None else count
         return TokenizerTraining(
             predicted,
             velocity,
             (predicted - velocity).square().mean() / config.dit.data_std**2,
-            (vq * used).sum() / count,
-            (commit * used).sum() / count,
+            (quantized.vq * rows).sum() / count,
+            (quantized.commit * rows).sum() / count,
             (x_t + (1 - wide) * predicted) / config.dit.data_std,
             None if out.alignment is None else out.alignment[: len(u)],
             quantized.codes,

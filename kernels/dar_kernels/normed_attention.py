@@ -34,7 +34,10 @@ def normed_attention_ref(
     q = F.layer_norm(q, q.shape[-1:], q_weight, q_bias, EPS)
     k = F.layer_norm(k, k.shape[-1:], k_weight, k_bias, EPS)
     if cos is not None and sin is not None:
-        q, k = (_rotate(x, cos.to(x.dtype), sin.to(x.dtype)) for x in (q, k))
+        q, k = (
+            _rotate(x, cos[-x.shape[2] :].to(x.dtype), sin[-x.shape[2] :].to(x.dtype))
+            for x in (q, k)
+        )
     return attention_ref(q, k, v, prefix).transpose(1, 2).flatten(2)
 
 
@@ -58,7 +61,8 @@ def _library(
     k = layer_norm(k, k_weight, k_bias, EPS, implementation=implementation).transpose(1, 2)
     v = v.transpose(1, 2)
     if cos is not None and sin is not None:
-        q = rope_2d(q, cos, sin, implementation=implementation)
+        queries = q.shape[2]
+        q = rope_2d(q, cos[-queries:], sin[-queries:], implementation=implementation)
         k = rope_2d(k, cos, sin, implementation=implementation)
     q, k = q.to(v.dtype), k.to(v.dtype)  # autocast keeps a norm in fp32
     y = attention(q, k, v, prefix=prefix, implementation=inner)
@@ -133,7 +137,7 @@ def normed_attention(
 
     Args:
         q, k, v: `[B, N, D]`, D = H·Dh, of one dtype (autocast aside); chunks of a wider tensor
-            are read in place.
+            are read in place. With a prefix q may be `[B, n, D]`, the last n of the N positions.
         q_weight, q_bias, k_weight, k_bias: `[Dh]`.
         cos, sin: `[N, Dh / 2]` fp32, or None: no rotation. Pairs are interleaved.
         prefix: None: every query sees all keys; p: the one at i sees the keys before max(p, i + 1),
@@ -143,14 +147,14 @@ def normed_attention(
             the back end of `attention` that `require` names or its rule finds.
 
     Returns:
-        `[B, N, D]`. Differentiable but for `native`.
+        As many rows as q. Differentiable but for `native`.
 
     Raises:
         TypeError: where an argument is no floating point tensor.
         ValueError: where shapes or devices do not fit, or `native` is named with a prefix.
         UnavailableError: where the named implementation cannot run here.
     """
-    _check(q, k, v, (q_weight, q_bias, k_weight, k_bias), cos, sin)
+    _check(q, k, v, (q_weight, q_bias, k_weight, k_bias), cos, sin, prefix)
     tensors = (q, k, v, q_weight, q_bias, k_weight, k_bias)
     special = prefix is not None or len(q_weight) not in NATIVE_HEAD_DIMS
     special = special or torch.is_autocast_enabled(q.device.type)
@@ -171,13 +175,16 @@ def normed_attention(
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, norms: tuple[Tensor, ...], cos: Tensor | None,
-    sin: Tensor | None,
+    sin: Tensor | None, prefix: int | None,
 ) -> None:  # fmt: skip
     op = "normed_attention"
     check_tensor(op, "q", q, ("B", "N", "D"))
-    _, N, D = q.shape
-    for name, tensor in (("k", k), ("v", v)):
-        check_tensor(op, name, tensor, q.shape, device=q.device)
+    B, n, D = q.shape
+    check_tensor(op, "k", k, (B, n if prefix is None else "N", D), device=q.device)
+    N = k.shape[1]
+    check_tensor(op, "v", v, k.shape, device=q.device)
+    if n > N:
+        raise ValueError(f"{op}: expected at most {N} rows of q, those of k, got {n}")
     check_tensor(op, "q_weight", norms[0], ("Dh",), device=q.device)
     Dh = len(norms[0])
     if Dh < 2 or Dh % 2 or D % Dh:

@@ -3,6 +3,9 @@
     perceptual = LPIPS_vgg(image, x̂_1);  alignment = 1 - cos(head, DINOv2 ViT-B/14 at 224²)
 
 A VGG-16 pass over both pictures, and a ViT-B pass over one: more than the tokenizer's own step.
+They run in the dtype of autocast, where there is one; only VGG's activations of one of the two
+pictures are kept for the backward pass, since the other needs no gradient. Where m draws share a
+picture, row i of a prediction is one of picture i mod B, and DINOv2 runs once for all of them.
 """
 
 from collections.abc import Callable
@@ -13,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dar_train.feature_network import load_feature_network
 
 AuxiliaryLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -78,14 +83,34 @@ def perceptual_loss(weights: Path, device: torch.device) -> AuxiliaryLoss:
     network = network.to(device).eval().requires_grad_(False)
 
     def loss(images: Tensor, predicted: Tensor) -> Tensor:
-        value: Tensor = network(images, predicted.to(images.dtype)).mean()
+        value: Tensor = network(_shared(images, predicted), predicted.to(images.dtype)).mean()
         return value
 
     return loss
 
 
+def feature_loss(file: Path, size: int, device: torch.device) -> AuxiliaryLoss:
+    """The distance of a network of one's own, for pictures of `size` pixels a side.
+
+    Raises:
+        ValueError: where `file` holds no network that `dar_train.feature_network` saved.
+    """
+    network = load_feature_network(file, size).to(device)
+
+    def loss(images: Tensor, predicted: Tensor) -> Tensor:
+        return network.distance(images, predicted.to(images.dtype))
+
+    return loss
+
+
+def _shared(rows: Tensor, draws: Tensor) -> Tensor:
+    """`rows` `[B, …]` as often as `draws` `[m B, …]` has them."""
+    m = len(draws) // len(rows)
+    return rows if m == 1 else rows.repeat(m, *(1,) * (rows.ndim - 1))
+
+
 def alignment_loss(weights: Path, device: torch.device) -> AuxiliaryLoss:
-    """1 - cos of the alignment head [B, 256, 768] and DINOv2 ViT-B/14's patch features.
+    """1 - cos of the alignment head [m B, 256, 768] and DINOv2 ViT-B/14's patch features.
 
     Raises:
         ValueError: where the file or the package is missing, or the weights are another network's.
@@ -114,7 +139,7 @@ def alignment_loss(weights: Path, device: torch.device) -> AuxiliaryLoss:
         )
         with torch.no_grad():
             tokens = network.forward_features(((resized + 1) / 2 - mean) / std)
-            target = tokens[:, network.num_prefix_tokens :]  # [B, 256, 768]
+            target = _shared(tokens[:, network.num_prefix_tokens :], head)  # [m B, 256, 768]
         return 1 - F.cosine_similarity(head.float(), target.float(), dim=-1).mean()
 
     return loss

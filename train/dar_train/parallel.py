@@ -251,7 +251,7 @@ def parallelize(
         float8.convert(blocks, ranks.device)
     if recipe.compile:
         for block in blocks:  # one compilation serves all blocks of a kind
-            block.compile(dynamic=False)
+            block.compile(dynamic=getattr(block, "dynamic", False))
     if ranks.world == 1:
         return Parallel(model, method, ranks)
     if recipe.parallel == "fsdp":
