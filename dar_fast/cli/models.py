@@ -158,10 +158,11 @@ def convert(
         say(f"{path}: {path.stat().st_size:,} bytes")
 
 
-def doctor(*, json: Json = False) -> None:
+def doctor(*, self_test: bool = False, json: Json = False) -> None:
     """Show versions, devices, and which implementation every op will use and why not another.
 
     Args:
+        self_test: Hold every back end of attention that can run here to its definition in fp64.
         json: Print one JSON document.
     """
     import sys
@@ -172,8 +173,11 @@ def doctor(*, json: Json = False) -> None:
         from dar_fast.doctor import doctor as examine
         from dar_fast.doctor import render
 
-        report = examine()
+        report = examine(test_attention=self_test)
     if json:
         say_json(report)
     else:
         render(report, Console(file=sys.stdout))
+    tests = report["attention"]["self_test"] or []
+    if failed := [f"{t['implementation']} on {t['device']}" for t in tests if not t["passed"]]:
+        raise RuntimeError(f"attention: expected every self-test to pass, got {', '.join(failed)}")

@@ -6,9 +6,7 @@ order from the bottom right corner; with queries on both sides of p the call is 
 sub-problems of those kinds (`parts`), and no mask is in memory on CUDA. 4·B·H·Nq·Nk·Dh FLOPs, half
 of that in causal order; two and a half times as many again for the gradients.
 
-The rule, which `dar doctor` shows: a name given to the call, then one given to `require`, then the
-first that can run of `native` (CPU, bf16) and `sdpa` (torch chooses among its kernels). The others
-run where they are named: nothing measured here says where they are faster.
+`RULE` says what runs where nobody names a back end; `dar doctor` shows it.
 """
 
 from torch import Tensor
@@ -25,6 +23,12 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, prefix: int | None = None) ->
     return backends.reference(q, k, v, prefix)
 
 
+# The others have not been measured to be faster on any machine of ours: they wait to be named.
+RULE = (
+    "the back end that a call, a recipe (attention: NAME) or prefer(NAME, op='attention') names, "
+    "or an error; else on the CPU native in bf16, then sdpa; on CUDA sdpa, where torch chooses "
+    "among its kernels"
+)
 OP = Op(name="attention", implementations=backends.IMPLEMENTATIONS)
 
 
@@ -94,4 +98,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, prefix: int | None) -> None:
         )
 
 
-__all__ = ["OP", "attention", "attention_is_named", "attention_ref"]
+__all__ = ["OP", "RULE", "attention", "attention_is_named", "attention_ref"]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dar_kernels.attention_flash4 import flash_attention_4
 from dar_kernels.attention_parts import (
     KINDS,
     Kernel,
@@ -95,6 +96,11 @@ def _all_heads(q: Tensor, x: Tensor) -> Tensor:
 def _masked(q: Tensor, k: Tensor, v: Tensor, prefix: int = 0) -> Tensor:
     """One call under a dense mask: on a CPU, whose kernel has no other way to a corner."""
     return _sdpa(q, k, v, attn_mask=seen(q.shape[2], k.shape[2], prefix, q.device))
+
+
+def _masked_whole(q: Tensor, k: Tensor, v: Tensor, prefix: int | None) -> Tensor:
+    """As a plain loop has it, for comparison: one call under a dense mask, where there is one."""
+    return _sdpa(q, k, v) if prefix is None else _masked(q, k, v, prefix)
 
 
 def _is_corner(q: Tensor, k: Tensor, causal: bool) -> bool:
@@ -180,13 +186,9 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    from flash_attn.cute import flash_attn_func
-
-    y = flash_attn_func(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        softmax_scale=q.shape[-1] ** -0.5, causal=causal,
-    )  # fmt: skip
-    y = y[0] if isinstance(y, tuple) else y  # with the log-sum-exp
+    y = flash_attention_4(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), q.shape[-1] ** -0.5, causal
+    )
     return y.transpose(1, 2)
 
 
@@ -282,6 +284,7 @@ IMPLEMENTATIONS: tuple[Implementation[[Tensor, Tensor, Tensor, int | None], Tens
     _library("sdpa-cudnn", _sdpa_cudnn, _on_cuda, widest=128),
     _library("sdpa-flash", _sdpa_flash, _on_cuda),
     _library("sdpa-efficient", _sdpa_efficient, _on_cuda, FLOATS, capability=(5, 0)),
+    Implementation(name="sdpa-masked", run=_masked_whole, by_default=False),
     Implementation(name="reference", run=reference, by_default=False),
 )  # fmt: skip
 _BY_NAME = {i.name: i for i in IMPLEMENTATIONS}

@@ -12,6 +12,8 @@ import dar_kernels
 from dar_fast import doctor as module
 from dar_fast.doctor import doctor, render
 from dar_kernels import native
+from dar_kernels.attention import OP as ATTENTION
+from dar_kernels.attention_check import SelfTest
 
 
 def shown(report, width=200):
@@ -79,3 +81,30 @@ def test_page_with_a_gpu():
     device = {"name": "NVIDIA H100", "capability": "9.0", "memory_gib": 79.1}
     report["cuda"] = {"devices": [device], "why_not": None}
     assert "NVIDIA H100, 9.0, 79.1 GiB" in shown(report)
+
+
+def test_back_ends_of_attention_are_explained():
+    report = doctor()["attention"]
+    names = {i.name for i in ATTENTION.implementations}
+    assert set(report["back_ends"]) == names and report["self_test"] is None
+    for device in ("cpu", "cuda"):
+        chosen = [n for n, why in report["back_ends"].items() if why[device] == "chosen"]
+        assert chosen == [ATTENTION.choose(device, torch.bfloat16).name]
+    text = shown(doctor())
+    assert "sdpa-cudnn" in text and "What runs:" in text and "Self-test" not in text
+
+
+def test_self_test_of_attention_is_shown(monkeypatch):
+    passing = SelfTest("sdpa", "cpu", "float32", 66, 1e-7, 2e-7, "a call", None)
+    wrong = passing._replace(worst=3.0)
+    broken = SelfTest("sdpa", "cpu", "float32", 1, None, None, "a call", "RuntimeError: no image")
+    for result, shown_as in (
+        (passing, "passed  │ 1.0e-07 of 2.0e-07 allowed, 66 calls"),
+        (wrong, "FAILED  │ 3.0e+00 of 2.0e-07 allowed, 66 calls; a call"),
+        (broken, "FAILED  │ RuntimeError: no image in a call"),
+    ):
+        monkeypatch.setattr(module, "self_test", lambda *about, result=result: result)
+        report = doctor(test_attention=True)
+        assert json.loads(json.dumps(report)) == report
+        assert {t["passed"] for t in report["attention"]["self_test"]} == {result.passed}
+        assert shown_as in shown(report)

@@ -155,6 +155,8 @@ def test_info_of_a_pipeline_and_of_a_picture(dar: Dar, model: str, here: Path) -
 def test_doctor_reports_ops(dar: Dar) -> None:
     assert "vq_nearest" in dar("doctor", "--json").json["ops"]
     assert "vq_nearest" in dar("doctor").out
+    tests = dar("doctor", "--self-test", "--json").json["attention"]["self_test"]
+    assert "sdpa" in {t["implementation"] for t in tests} and all(t["passed"] for t in tests)
 
 
 def test_json_is_one_document_and_nothing_else(dar: Dar, model: str, picture: Path) -> None:
