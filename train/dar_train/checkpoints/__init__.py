@@ -1,7 +1,7 @@
 """Resumable training states: safetensors and JSON only, so nothing in them can execute."""
 
 from dar_train.checkpoints.first_format import find_state, load_state, save_state
-from dar_train.checkpoints.folder import CheckpointError
+from dar_train.checkpoints.folder import CheckpointError, find_intact
 from dar_train.checkpoints.manifest import read_record
 from dar_train.checkpoints.states import Checkpoints
 from dar_train.checkpoints.tensors import TrainState
@@ -11,6 +11,7 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "TrainState",
+    "find_intact",
     "find_state",
     "load_state",
     "read_record",

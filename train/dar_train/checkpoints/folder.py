@@ -11,13 +11,14 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from dar_fast.files import atomic_write
-from dar_train.checkpoints.manifest import fsync_folder, read_manifest
+from dar_train.checkpoints.manifest import check_state, fsync_folder, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,11 @@ def first_intact(choices: Choices, check: Callable[[Path], None]) -> Path | None
     return None
 
 
+def find_intact(folder: Path, pointer: str = "latest") -> Path | None:
+    """As `Checkpoints.find`, for one process that only reads: no lock, nothing written."""
+    return first_intact(candidates(folder, pointer), check_state)
+
+
 def named_states(folder: Path) -> set[str]:
     """Names of the states that some pointer holds."""
     names = set()
@@ -176,9 +182,8 @@ def probe(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / ".probe") as temporary:
-            temporary.write_text("written to see whether that goes\n")
-        (folder / ".probe").unlink()
+        with tempfile.TemporaryFile(dir=folder) as file:  # without a name: other ranks do the same
+            file.write(b"written to see whether that goes\n")
     except OSError as error:
         raise CheckpointError(
             f"states: expected a folder that can be written, got {folder}: {error}"
