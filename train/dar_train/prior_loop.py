@@ -1,166 +1,136 @@
-"""Training of the prior: cross-entropy of all N codes given the class and the codes before each.
-
-A step costs 6 FLOPs a weight and code. Source: arXiv 2505.23660, §3.3 and §4.
-"""
+"""Training of the prior over a folder of codes, which it writes first where there is none."""
 
 import json
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from dar_fast.config import PriorConfig
 from dar_fast.files import atomic_write
 from dar_fast.models.prior import Prior
 from dar_fast.models.tokenizer import Tokenizer
-from dar_train import figures
-from dar_train.data import Order, Pictures, chunks, derived_seed, load_pictures
+from dar_train.data import derived_seed, open_pictures
+from dar_train.distributed import Ranks, joined
 from dar_train.export import export_component
-from dar_train.loop import Loop, Loss, pick_device
+from dar_train.loop import Loop
+from dar_train.parallel import parallelize
+from dar_train.prior_task import PriorTask
 from dar_train.recipes import PriorRecipe
+from dar_train.recompute import recompute
 from dar_train.reporting import logger
-from dar_train.tokens import Tokens, folder_hash, tokens_of, unigram
+from dar_train.tokens import (
+    Progress,
+    Store,
+    await_complete,
+    check_belongs,
+    code_batches,
+    folder_hash,
+    load_tokenizer,
+    open_store,
+    spec_of,
+    views_of,
+    write_tokens,
+)
 
-EVAL_CHUNK = 64
-SAMPLE_ROWS, SAMPLE_COLUMNS = 4, 8
-SAMPLE_GUIDANCE = 3.0
-
-
-class PriorTask:
-    """What the loop needs of the prior's training."""
-
-    title = "prior"
-
-    def __init__(
-        self,
-        recipe: PriorRecipe,
-        model: Prior,
-        tokenizer: Tokenizer,
-        data: Pictures,
-        tokens: Tokens,
-        device: torch.device,
-    ) -> None:
-        self.recipe = recipe
-        self.model = model
-        self.tokenizer = tokenizer
-        self.device = device
-        views, self.pictures, N = tokens.codes.shape
-        self.codes = tokens.codes.view(-1, N).to(torch.int32).to(device)  # [views·M, N]
-        self.labels = data.labels.to(device)
-        every_view = torch.arange(views)[:, None] * self.pictures + data.train  # [views, train]
-        self.order = Order(every_view.flatten(), recipe.seed)
-        self.autocast = torch.autocast(
-            device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"
-        )
-        generator = torch.Generator().manual_seed(derived_seed(recipe.seed, 6))
-        chosen = data.held_out[torch.randperm(len(data.held_out), generator=generator)]
-        self.held_out = chosen[: recipe.eval_pictures].to(device)
-        self.unigram = unigram(
-            tokens.codes[0, data.train],
-            tokens.codes[0, self.held_out.cpu()],
-            model.config.vocab_size,
-        )
-        shown = torch.unique(data.labels[chosen], sorted=False)[: SAMPLE_ROWS * SAMPLE_COLUMNS]
-        self.shown = shown.to(device)
-        self._loss = torch.compile(model.loss) if recipe.compile else model.loss
-
-    def loss(self, indices: Tensor, generator: torch.Generator) -> Loss:
-        indices = indices.to(self.device)
-        codes = self.codes[indices].long()
-        labels = self.labels[indices % self.pictures]
-        draw = torch.rand(len(labels), generator=generator, device=self.device)
-        labels = labels.masked_fill(draw < self.recipe.class_dropout, self.model.config.null_class)
-        with self.autocast:
-            return Loss(self._loss(codes, labels), {})
-
-    def after_step(self, step: int, indices: Tensor, loop: Loop) -> dict[str, float]:
-        return {}
-
-    def notes(self) -> dict[str, float]:
-        return {}
-
-    @torch.no_grad()
-    def evaluate(self, averaged: nn.Module, step: int) -> dict[str, float]:
-        if not isinstance(averaged, Prior):
-            raise TypeError(f"evaluate: expected a Prior, got {type(averaged).__name__}")
-        total = 0.0
-        for part in chunks(self.held_out, EVAL_CHUNK):
-            codes = self.codes[part].long()
-            with self.autocast:
-                loss = averaged.loss(codes, self.labels[part], reduction="sum")
-            total += float(loss) / codes.shape[1]
-        self._draw(averaged, step)
-        return {"cross_entropy": total / len(self.held_out), **self.unigram}
-
-    def _draw(self, model: Prior, step: int) -> None:
-        """Guided samples of held-out pictures' labels."""
-        seeds = list(range(len(self.shown)))
-        with self.autocast:
-            codes = model.generate(self.shown, guidance_scale=SAMPLE_GUIDANCE, seeds=seeds)
-            images = self.tokenizer.decode(codes, seeds=seeds).float()
-        columns = min(SAMPLE_COLUMNS, len(images))
-        rows = len(images) // columns
-        grid = images[: rows * columns].reshape(rows, columns, *images.shape[1:])
-        figures.save_grid(grid, self.recipe.out / "pictures" / f"step-{step:08d}.png")
-
-    def extra_state(self) -> dict[str, object]:
-        return {}
-
-    def load_extra_state(self, state: dict[str, object]) -> None:
-        return None
+WEIGHTS_STREAM = 4  # of a seed
 
 
-def _check_fit(config: PriorConfig, tokenizer: Tokenizer, labels: int) -> None:
-    made = tokenizer.config
-    for field, expected in (
-        ("vocab_size", made.codebook_size),
-        ("num_tokens", made.num_tokens),
-        ("num_classes", labels),
-    ):
+def _check_fit(config: PriorConfig, store: Store) -> None:
+    spec = store.spec
+    fits = [("vocab_size", spec.codebook_size), ("num_tokens", spec.tokens)]
+    fits += [("num_classes", len(spec.label_names))] if spec.label_names else []
+    for field, expected in fits:
         got = getattr(config, field)
         if got != expected:
             raise ValueError(
                 f"model: expected {field} {expected} for this tokenizer and data, got {got}; "
                 f"set --override {field}={expected}"
             )
+    largest = int(store.labels.max())
+    if largest >= config.num_classes:
+        first = int((store.labels >= config.num_classes).nonzero()[0])
+        raise ValueError(
+            f"labels: expected 0 to {config.num_classes - 1}, got {int(store.labels[first])} of "
+            f"picture {first}, the first of {int((store.labels >= config.num_classes).sum())}"
+        )
+
+
+def _is_there(data: Path) -> bool:
+    text = str(data).removeprefix("hf:")
+    return "{" in text or Path(text).exists()
+
+
+def open_tokens(recipe: PriorRecipe, tokenizer: Tokenizer, ranks: Ranks) -> Store:
+    """The codes that the recipe names, or those of its data, encoded now where they are not yet.
+
+    Raises:
+        ValueError: where codes are of another tokenizer, of other pictures, labels or views.
+    """
+    digest = folder_hash(recipe.tokenizer)
+    views = views_of(ten_crop=recipe.ten_crop, flip=recipe.flip, moves=recipe.views)
+    size = tokenizer.config.image_size
+    if recipe.tokens is None:
+        folder = recipe.out / "tokens"
+        pictures = open_pictures(recipe.data, size)
+        spec = spec_of(tokenizer, digest, pictures, views=views, seed=recipe.seed)
+        if not write_tokens(
+            folder, tokenizer, pictures, spec, ranks, workers=recipe.workers, report=_log
+        ):
+            await_complete(folder)
+        return open_store(folder)
+    store = open_store(recipe.tokens)
+    check_belongs(store, tokenizer=digest)
+    if not _is_there(recipe.data):
+        logger.info("data: %s is not there; the tokens say what they are of", recipe.data)
+    elif ranks.first:
+        pictures = open_pictures(recipe.data, size)
+        check_belongs(store, data=pictures.fingerprint, label_names=pictures.label_names)
+    if store.spec.views != views:
+        raise ValueError(
+            f"tokens: expected the recipe's views, {'; '.join(map(str, views))}, got "
+            f"{'; '.join(map(str, store.spec.views))} in {recipe.tokens}; set --ten-crop, --flip "
+            "and --views as they were, or run dar tokenize into another folder"
+        )
+    return store
+
+
+def _log(now: Progress) -> None:
+    logger.info("encoded chunk %d of %d", now.chunk, now.chunks)
 
 
 def train_prior(recipe: PriorRecipe) -> bool:
     """Train, resume or finish a prior; True when the whole run is over.
 
     Raises:
-        ValueError: where the data, the tokenizer or the model do not fit the recipe.
+        ValueError: where the data, the tokenizer, the codes or the model do not fit the recipe.
         TrainingError: where the loss stops being finite.
     """
-    from dar_fast.checkpoint import load_model
-
     config = recipe.config()
-    device = pick_device(recipe.device)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    tokenizer_hash = folder_hash(recipe.tokenizer)
-    tokenizer = load_model(recipe.tokenizer, device=device, dtype=torch.float32)
-    if not isinstance(tokenizer, Tokenizer):
-        raise ValueError(
-            f"tokenizer: expected a tokenizer in {recipe.tokenizer}, got {type(tokenizer).__name__}"
-        )
-    tokenizer.eval().requires_grad_(False)
-    data = load_pictures(recipe.data, tokenizer.config.image_size)
-    _check_fit(config, tokenizer, len(data.label_names))
-    tokens = tokens_of(
-        tokenizer, tokenizer_hash, data, recipe.out / "tokens",
-        flip=recipe.flip, views=recipe.views, seed=recipe.seed,
-    )  # fmt: skip
-    torch.manual_seed(derived_seed(recipe.seed, 4))
-    model = Prior(config, dropout=recipe.dropout).to(device)
-    task = PriorTask(recipe, model, tokenizer, data, tokens, device)
-    loop = Loop(recipe, task, device)
-    count = sum(parameter.numel() for parameter in loop.parameters)
-    logger.info(
-        "prior %s: %.1fM parameters, %d sequences of %d training pictures, %s",
-        recipe.model, count / 1e6, len(task.order.indices), len(data.train), device,
-    )  # fmt: skip
-    with atomic_write(recipe.out / "labels.json") as temporary:
-        temporary.write_text(json.dumps(data.label_names) + "\n")
-    over = loop.run()
-    export_component(loop.ema.module, recipe.out / "prior")
-    return over
+    with joined(recipe.device) as ranks:
+        tokenizer = load_tokenizer(recipe.tokenizer, ranks.device)
+        store = open_tokens(recipe, tokenizer, ranks)
+        _check_fit(config, store)
+        torch.manual_seed(derived_seed(recipe.seed, WEIGHTS_STREAM))
+        model = Prior(config, dropout=recipe.dropout).to(ranks.device)
+        blocks = list(model.blocks())
+        recompute(blocks, recipe.recompute)
+        parallel = parallelize(model, "loss", recipe, ranks, blocks)
+        batches = code_batches(store, batch=recipe.batch, seed=recipe.seed, ranks=ranks)
+        task = PriorTask(recipe, parallel, batches, store, tokenizer if ranks.first else None)
+        loop = Loop(recipe, task, parallel)
+        logger.info(
+            "prior %s: %.1fM parameters, %d views of %d training pictures, %s",
+            recipe.model, sum(p.numel() for p in model.parameters()) / 1e6,
+            len(store.spec.views), len(store.train), ranks.device,
+        )  # fmt: skip
+        if ranks.first:
+            recipe.out.mkdir(parents=True, exist_ok=True)
+            with atomic_write(recipe.out / "labels.json") as temporary:
+                temporary.write_text(json.dumps(store.spec.label_names) + "\n")
+        over = loop.run()
+        averaged = parallel.gathered(loop.ema.module)
+        if averaged is not None and ranks.first:
+            export_component(averaged, recipe.out / "prior")
+        return over
