@@ -75,5 +75,5 @@ DAMAGE = {
     "truncated": lambda content: content[: len(content) // 2],
     "text": lambda content: b"<html>not found</html>",
     "header": lambda content: b"\0" * 16 + content[16:],
-    "inside": lambda content: content[:60] + bytes(len(content) - 90) + content[-30:],
+    "inside": lambda content: content[:45] + bytes(len(content) - 65) + content[-20:],
 }

@@ -148,8 +148,8 @@ class Loaded:
                 raise
             self.close()
             raise ReadingError(
-                f"workers: expected {self.workers} processes that read pictures, got {how}; out "
-                f"of memory? fewer --workers need less; the run resumes from its last state"
+                f"workers: expected {self.workers} processes that read pictures, got {how}; fewer "
+                f"--workers need less memory; the run resumes from its last state"
             ) from error
         self.skipped.add(piece.skipped)
         if piece.failure is not None:

@@ -21,7 +21,7 @@ def _load(path: Path, files: Sequence[Path]) -> Any:
         import datasets
     except ImportError as error:
         raise RuntimeError(
-            "data: hf: needs the package datasets: pip install 'dar-fast[hf]'"
+            f"data: hf: needs the package datasets: pip install 'dar-fast[hf]' ({error})"
         ) from error
     if (path / "state.json").is_file():
         return datasets.load_from_disk(str(path))

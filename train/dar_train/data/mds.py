@@ -61,7 +61,7 @@ class Mds:
             from streaming import LocalDataset
         except ImportError as error:
             raise RuntimeError(
-                "data: MDS shards need mosaicml-streaming: pip install 'dar-fast[mds]'"
+                f"data: MDS shards need mosaicml-streaming: pip install 'dar-fast[mds]' ({error})"
             ) from error
         self.path = path
         index = path / "index.json"

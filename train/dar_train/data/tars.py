@@ -103,8 +103,11 @@ def _members(path: Path) -> list[_Member]:
     """
     found: list[_Member] = []
     try:
-        with tarfile.open(path, "r:") as archive:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             found.extend(_samples(archive))
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0") or file.tell() == archive.offset:
+                raise EOFError("no end mark")  # tarfile takes any broken header for the end
     except (tarfile.TarError, OSError, EOFError) as error:
         if not found:
             raise ValueError(f"data: expected an uncompressed tar, got {path} ({error})") from error
