@@ -49,6 +49,7 @@ class TokenizerTraining(NamedTuple):
     predicted_images: Tensor  # [B, 3, R, R], the jump estimate of x_1 in image units
     repa: Tensor | None  # [B, 256, 768]
     codes: Tensor  # [B, n], of the tokens that were computed
+    used: Tensor  # [B, n] bool: those up to the end of a group that was drawn or is a state's
     state_velocity: Tensor | None  # [B, 3, R, R], at the solver states, where there were any
 
 
@@ -280,6 +281,7 @@ class Tokenizer(nn.Module):
             (x_t + (1 - wide) * predicted) / config.dit.data_std,
             None if out.alignment is None else out.alignment[: len(u)],
             quantized.codes,
+            rows > 0,
             None if states is None else at_states,
         )
 

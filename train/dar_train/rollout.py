@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dar_fast.config import TokenizerConfig
 from dar_fast.flow import group_start, sampling_times
+from dar_fast.models.tokenizer import States
 from dar_kernels import flow_step
 
 
@@ -27,26 +28,32 @@ class Flight(NamedTuple):
 
 
 class Rollout:
-    """The pictures in flight of one run: `board` new ones, predict, then `advance`."""
+    """The pictures in flight of one rank: `fill` once, then `board` new ones, predict, `advance`.
+
+    The host counts along, so nothing is read from the device.
+    """
 
     def __init__(self, config: TokenizerConfig, device: torch.device) -> None:
         S = config.num_steps
         self.num_steps = S
         self.data_std = config.dit.data_std
+        self.group_size = config.group_size
         self.times = sampling_times(S, config.dit.time_shift).to(device)  # [S + 1]
-        starts = [group_start(i, S, config.num_groups, config.num_tokens) for i in range(S)]
-        self.starts = torch.tensor(starts, device=device)  # [S]
+        self.host_starts = [
+            group_start(i, S, config.num_groups, config.num_tokens) for i in range(S)
+        ]
+        self.starts = torch.tensor(self.host_starts, device=device)  # [S]
         self.flight: Flight | None = None
+        self.taken: list[int] = []  # solver steps of each picture, as `flight.step`
 
     def fill(self, images: Tensor, noise: Tensor) -> None:
-        """Start with `images` `[S n, 3, R, R]` spread over all steps, between noise and each."""
-        count = len(images) // self.num_steps
-        step = torch.arange(self.num_steps - 1, -1, -1, device=images.device)
-        step = step.repeat_interleave(count)
+        """Start with `images` `[(S - 1) n, 3, R, R]` at steps S - 1 … 1, mixed with `noise`."""
+        count = len(images) // max(1, self.num_steps - 1)
+        self.taken = [i for i in range(self.num_steps - 1, 0, -1) for _ in range(count)]
+        step = torch.tensor(self.taken, dtype=torch.int64, device=images.device)
         t = self.times[step][:, None, None, None]
         x_1 = self.data_std * images
         self.flight = Flight(images, t * x_1 + (1 - t) * noise, x_1 - noise, step)
-        self._land()
 
     def board(self, images: Tensor, noise: Tensor) -> Flight:
         """All pictures in flight, `images` `[n, 3, R, R]` the newest; they start from `noise`."""
@@ -58,7 +65,16 @@ class Rollout:
         if self.flight is not None:
             flight = Flight(*(torch.cat(pair) for pair in zip(self.flight, new, strict=True)))
         self.flight = flight
+        self.taken += [0] * len(images)
         return flight
+
+    def states(self, flight: Flight) -> States:
+        """What the pixel DiT reads to predict their next steps."""
+        return States(flight.x, self.times[flight.step], self.starts[flight.step])
+
+    def tokens_used(self) -> int:
+        """How many tokens count in the VQ losses because of the states in flight."""
+        return sum(self.host_starts[step] + self.group_size for step in self.taken)
 
     def loss(self, flight: Flight, velocity: Tensor) -> Tensor:
         """Mean square of what each jump estimate misses of its picture, in image units."""
@@ -78,22 +94,28 @@ class Rollout:
             x, one_patch, last, self.times[step], self.times[step + 1], self.data_std, "adams2",
             x.shape[-1], first=step == 0,
         )  # fmt: skip
-        self.flight = Flight(images, x, last, step + 1)
-        self._land()
+        landed = self.taken.count(self.num_steps - 1)  # the oldest come first
+        self.taken = [taken + 1 for taken in self.taken[landed:]]
+        self.flight = Flight(*(part[landed:] for part in (images, x, last, step + 1)))
 
-    def _land(self) -> None:
-        if self.flight is not None:
-            flying = self.flight.step < self.num_steps
-            self.flight = Flight(*(part[flying] for part in self.flight))
+    def tensors(self, positions: Tensor, total: int) -> dict[str, Tensor]:
+        """For a saved state: `[S - 1, total, …]`, zeros but where this rank's pictures are.
 
-    def tensors(self) -> dict[str, Tensor]:
-        """For a saved state."""
+        `positions` `[n]` are those of its pictures in the batch: the sum over ranks has them all.
+        """
         if self.flight is None:
             return {}
-        return {f"rollout.{k}": v.contiguous() for k, v in self.flight._asdict().items()}
+        whole = {}
+        for name, part in self.flight._asdict().items():
+            mine = part.view(-1, len(positions), *part.shape[1:])
+            places = mine.new_zeros(len(mine), total, *part.shape[1:])
+            places[:, positions.to(part.device)] = mine
+            whole[f"rollout.{name}"] = places
+        return whole
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Restore `tensors`; starts empty where there are none."""
-        parts = [tensors.get(f"rollout.{field}") for field in Flight._fields]
-        known = [part.to(self.times.device) for part in parts if part is not None]
-        self.flight = Flight(*known) if len(known) == len(Flight._fields) else None
+    def load(self, tensors: dict[str, Tensor], positions: Tensor) -> None:
+        """Restore this rank's pictures from what `tensors` of all ranks sum up to."""
+        parts = [tensors[f"rollout.{field}"] for field in Flight._fields]
+        mine = (part[:, positions.to(part.device)].flatten(0, 1) for part in parts)
+        self.flight = Flight(*(part.to(self.times.device) for part in mine))
+        self.taken = self.flight.step.tolist()
