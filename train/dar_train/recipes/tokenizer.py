@@ -48,7 +48,7 @@ class TokenizerRecipe(Recipe):
     lpips_weight: float = 0.5  # of the perceptual loss
     repa_weights: Path | None = None  # DINOv2 ViT-B/14 weights; adds the alignment loss
     repa_weight: float = 0.5  # of the alignment loss
-    perceptual: Path | None = None  # a feature network of one's own, exported by torch.export
+    perceptual: Path | None = None  # a feature network of one's own, by save_feature_network
     perceptual_weight: float = 0.5  # of its loss
     draws_per_image: int = 1  # noise levels a picture and step; the encoder runs once for all
     codebook_from_data: bool = False  # fit the codebook to encoder outputs of the first pictures

@@ -21,7 +21,8 @@ WEIGHTS = {  # field: what it is, and where to get it
     "lpips_weights": f"torchvision's VGG-16: {VGG}; none leaves the loss out",
     "repa_weights": f"DINOv2 ViT-B/14: {DINO}, or timm's vit_base_patch14_dinov2.lvd142m; "
     "none leaves the loss out",
-    "perceptual": "what torch.export.save wrote of a feature network; none leaves the loss out",
+    "perceptual": "what dar_train.feature_network.save_feature_network wrote of a chain of layers; "
+    "none leaves the loss out",
 }
 
 
