@@ -16,6 +16,7 @@ from dar_fast.cli.options import check_device, torch_dtype
 from dar_fast.cli.parse import run_command
 from dar_fast.cli.report import notice, say, working
 from dar_fast.cli.save import check_output, save_bytes
+from dar_fast.cli.train import run_extra
 
 if TYPE_CHECKING:
     from dar_fast.bench.models import Spec, Subject
@@ -27,6 +28,7 @@ BENCHES = {
     "latency": "one picture: seconds, first preview, codes alone, pixel DiT alone",
     "throughput": "pictures a second over batch sizes, and latency under load",
     "memory": "the plan beside a measured peak, and the largest batch that fits",
+    "train": "a training step: images a second, memory, utilisation (needs the extra: train)",
     "quality": "what int8 and fp8 prior weights change: next codes, greedy codes, pictures",
 }
 # most turns, and seconds that they may take: on two cores a turn of prior L and tokenizer v1 takes
@@ -278,9 +280,12 @@ def bench(argv: Sequence[str]) -> None:
     if argv and argv[0] in ("-h", "--help"):
         say(usage().rstrip())
         return
+    if argv and argv[0] == "train":
+        run_extra("bench train", "dar_train.bench.command", argv[1:])
+        return
     if not argv or argv[0] not in COMMANDS:
         got = repr(argv[0]) if argv else "none"
-        raise ValueError(f"bench: expected one of {', '.join(COMMANDS)}, got {got}")
+        raise ValueError(f"bench: expected one of {', '.join(BENCHES)}, got {got}")
     run_command(COMMANDS[argv[0]], argv[1:], f"dar bench {argv[0]}")
 
 

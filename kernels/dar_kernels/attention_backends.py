@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dar_kernels.attention_flash4 import flash_attention_4
+from dar_kernels.attention_native import HEAD_DIMS, attention_native
+from dar_kernels.attention_native import missing as native_missing
 from dar_kernels.attention_parts import (
     KINDS,
     Kernel,
@@ -205,21 +207,6 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return y.transpose(1, 2)
 
 
-def _native(q: Tensor, k: Tensor, v: Tensor, prefix: int | None) -> Tensor:
-    from dar_kernels.attention_native import attention_native
-
-    return attention_native(q, k, v, prefix)
-
-
-def _native_missing() -> str | None:
-    try:
-        native = import_module("dar_kernels.attention_native")
-    except ImportError as error:
-        return f"not built: {error}"
-    reason: str | None = native.missing()
-    return reason
-
-
 def _on_cuda() -> str | None:
     return None if capability() is not None else "there is no CUDA device"
 
@@ -242,15 +229,6 @@ def _package(module: str, function: str, extra: str) -> Callable[[], str | None]
     return missing
 
 
-def _native_limits(call: tuple[int, bool, Kind]) -> str | None:
-    if _native_missing() is not None:
-        return None  # the better reason
-    from dar_kernels.attention_native import HEAD_DIMS
-
-    kinds = tuple(kind for kind in KINDS if kind != "wide")
-    return Limits(head_dims=tuple(HEAD_DIMS), kinds=kinds)(call)
-
-
 def _library(
     name: str,
     kernel: Kernel,
@@ -269,8 +247,9 @@ def _library(
 
 IMPLEMENTATIONS: tuple[Implementation[[Tensor, Tensor, Tensor, int | None], Tensor], ...] = (
     Implementation(
-        name="native", run=_native, devices=("cpu",), dtypes=(torch.bfloat16,),
-        limits=_native_limits, missing=_native_missing,
+        name="native", run=attention_native, devices=("cpu",), dtypes=(torch.bfloat16,),
+        limits=Limits(head_dims=HEAD_DIMS, kinds=("full", "causal", "corner", "prefix")),
+        missing=native_missing,
     ),
     Implementation(name="sdpa", run=sdpa, also=("torch",)),
     _library(

@@ -11,6 +11,7 @@ from typing import Generic
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from dar_train.checkpoints import Checkpoints, TrainState
 from dar_train.data import chunks
@@ -135,19 +136,23 @@ class Loop(Generic[BatchT]):
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         parts = self._passes()
-        norm = self.parallel.clip(recipe.grad_clip)
+        with record_function("clip"):
+            norm = self.parallel.clip(recipe.grad_clip)
         self.now = self.now._replace(step=self.now.step + 1)
         self.samples += recipe.batch
         if self._finite(norm):
-            for optimizer in self.optimizers:
-                optimizer.step()
-            self.ema.update()
+            with record_function("optimizer"):
+                for optimizer in self.optimizers:
+                    optimizer.step()
+            with record_function("average"):
+                self.ema.update()
         return {**parts, "grad_norm": norm, "rate": torch.tensor(scale)}
 
     def _passes(self) -> dict[str, Tensor]:
         """Gradients of the next batch, micro-batch by micro-batch; mean scalars of this rank."""
         recipe, task, ranks = self.recipe, self.task, self.parallel.ranks
-        batch = task.batches.next()
+        with record_function("data"):
+            batch = task.batches.next()
         count = len(batch[0])
         positions = torch.arange(count) + ranks.rank * count
         draws = Draws(recipe.seed, self.now.step, recipe.batch, positions, self.device)
@@ -161,8 +166,10 @@ class Loop(Generic[BatchT]):
             part_draws.seed_module(ranks.rank)
             weight = len(piece) / count
             with self.parallel.accumulating(i + 1 < len(pieces)):
-                loss: Loss = task.loss(part_batch, part_draws)
-                (loss.total * weight).backward()  # type: ignore[no-untyped-call]
+                with record_function("forward"):
+                    loss: Loss = task.loss(part_batch, part_draws)
+                with record_function("backward"):
+                    (loss.total * weight).backward()  # type: ignore[no-untyped-call]
             for name, value in (("loss", loss.total), *loss.parts.items()):
                 scaled = value.detach() * weight
                 sums[name] = sums[name] + scaled if name in sums else scaled
