@@ -51,7 +51,7 @@ def tokenizer_recipe(pictures, model_files, tmp_path):
     def make(**changes) -> TokenizerRecipe:
         values = {
             "data": pictures, "out": tmp_path / "run", "model": model_files["tokenizer"],
-            "steps": 4, "batch": 4, "warmup": 2, "precision": "fp32", "device": "cpu",
+            "steps": 4, "batch": 4, "warmup": 0, "precision": "fp32", "device": "cpu",
             "eval_pictures": 2,
         }  # fmt: skip
         return TokenizerRecipe(**(values | changes))
@@ -66,7 +66,7 @@ def prior_recipe(pictures, model_files, tmp_path):
     def make(**changes) -> PriorRecipe:
         values = {
             "data": pictures, "out": tmp_path / "prior", "model": model_files["prior"], "steps": 4,
-            "batch": 4, "warmup": 2, "precision": "fp32", "device": "cpu", "eval_pictures": 2,
+            "batch": 4, "warmup": 0, "precision": "fp32", "device": "cpu", "eval_pictures": 2,
         }  # fmt: skip
         return PriorRecipe(**(values | changes))
 

@@ -20,7 +20,7 @@ from dar_train.recipes import ClassifierRecipe
 @pytest.fixture
 def recipe(pictures, tmp_path) -> ClassifierRecipe:
     return ClassifierRecipe(
-        data=pictures, out=tmp_path / "run", steps=2, batch=8, warmup=2, size=16, width=8,
+        data=pictures, out=tmp_path / "run", steps=2, batch=8, warmup=0, size=16, width=8,
         precision="fp32", device="cpu", ema=0.5, lr=1e-2,
     )  # fmt: skip
 
@@ -74,7 +74,7 @@ def test_report(recipe, pipeline, pictures, tmp_path) -> None:
         EvaluateRecipe(
             pipeline=pipeline, data=pictures, classifier=recipe.out / "classifier",
             out=tmp_path / "report", samples=4, device="cpu",
-            curves=(recipe.out / "metrics.jsonl",),
+            runs=(recipe.out,),
         )
     )  # fmt: skip
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
@@ -83,6 +83,15 @@ def test_report(recipe, pipeline, pictures, tmp_path) -> None:
     # an untrained head gives every code the same probability
     assert report["prior"]["cross_entropy"] == pytest.approx(torch.tensor(32.0).log().item())
     assert set(report["classifier"]) == {"held_out", "reconstructions", "samples"}
+    assert report["pictures"] == {
+        "train": 18, "held_out": 2, "held_out_names": 2, "styles": [""]
+    }  # fmt: skip
+    assert report["models"]["num_groups"] == 4
+    (run,) = report["runs"]
+    assert (run["kind"], run["step"], len(run["calls"])) == ("classifier", 2, 1)
+    assert run["recipe"]["batch"] == 8
+    # two flat dark squares on white are two dimensions of position and colour, not one
+    assert report["baselines"]["components"]["psnr"] > report["baselines"]["mean"]["psnr"]
     for name in ("reconstructions", "samples", "previews", "curves-run"):
         assert (tmp_path / "report" / f"{name}.png").stat().st_size > 0
     with pytest.raises(ValueError, match="expected the labels that the pipeline was trained on"):

@@ -24,7 +24,7 @@ def test_calls_resume_one_another(
     stages = Stages(
         tokenizer=tokenizer_recipe(steps=2),
         prior=prior_recipe(steps=2),
-        classifier=ClassifierRecipe(steps=2, batch=8, size=16, width=8, precision="fp32"),
+        classifier=ClassifierRecipe(steps=2, warmup=0, batch=8, size=16, width=8, precision="fp32"),
     )
     recipe = DemoRecipe(
         data=pictures, out=tmp_path / "demo", call_minutes=1e-9, device="cpu", samples=2
@@ -43,7 +43,11 @@ def test_calls_resume_one_another(
     ]  # fmt: skip
     assert (recipe.out / "finished").is_file()
     report = json.loads((recipe.out / "report" / "report.json").read_text())
-    assert report["pictures"] == {"train": 18, "held_out": 2}
+    assert (report["pictures"]["train"], report["pictures"]["held_out"]) == (18, 2)
+    card = (recipe.out / "pipeline" / "README.md").read_text()
+    assert "- tokenizer: 2 steps" in card
+    assert "![Tokenizer](curves-tokenizer.png)" in card
+    assert (recipe.out / "pipeline" / "curves-tokenizer.png").is_file()
     assert list(DARPipeline.from_pretrained(recipe.out / "pipeline").labels) == ["left", "right"]
 
 

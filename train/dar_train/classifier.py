@@ -5,7 +5,7 @@ About 60 MFLOPs a 32² picture at width 32. Labels are `style/subgroup`; with no
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dar_fast.files import atomic_write
-from dar_train.data import Order, Pictures, augment, chunks, derived_seed, load_pictures, to_float
-from dar_train.loop import Loop, Loss, pick_device
+from dar_train.data import (
+    HeldOut,
+    PictureBatch,
+    augment_drawn,
+    chunks,
+    derived_seed,
+    held_out_pictures,
+    open_pictures,
+    picture_batches,
+    to_float,
+)
+from dar_train.data.augmentation import DRAWS as AUGMENT_DRAWS
+from dar_train.distributed import joined
+from dar_train.draws import Draws
+from dar_train.loop import Loop
+from dar_train.parallel import Parallel, parallelize
 from dar_train.recipes import ClassifierRecipe
 from dar_train.reporting import logger
+from dar_train.runs import begin
+from dar_train.task import Batches, Loss, Run
 
 CHUNK = 256
 GROUPS = 8
+WEIGHTS_STREAM = 4  # of a recipe's seed
 
 
 class Prediction(NamedTuple):
@@ -131,31 +148,40 @@ class ClassifierTask:
     title = "classifier"
 
     def __init__(
-        self, recipe: ClassifierRecipe, model: Classifier, data: Pictures, device: torch.device
+        self,
+        recipe: ClassifierRecipe,
+        parallel: Parallel,
+        batches: Batches[PictureBatch],
+        held_out: HeldOut,
     ) -> None:
-        self.model = model
-        self.device = device
-        self.images = data.images.to(device)
-        self.labels = data.labels.to(device)
-        self.order = Order(data.train, recipe.seed)
-        self.held_out = data.held_out.to(device)
+        self.parallel = parallel
+        self.batches = batches
+        self.held_out = held_out
         self.autocast = torch.autocast(
-            device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"
+            parallel.ranks.device.type,
+            dtype=torch.bfloat16,
+            enabled=recipe.precision == "bf16",
         )
 
-    def loss(self, indices: Tensor, generator: torch.Generator) -> Loss:
-        indices = indices.to(self.device)
-        images = augment(to_float(self.images[indices]), generator)
-        labels = self.labels[indices]
+    @property
+    def model(self) -> Classifier:
+        """The classifier; its parameters may be shards."""
+        return cast(Classifier, self.parallel.model)
+
+    def arrange(self, batch: PictureBatch, draws: Draws) -> Tensor | None:
+        return None
+
+    def loss(self, batch: PictureBatch, draws: Draws) -> Loss:
+        images = augment_drawn(to_float(batch.images), draws.uniform("augment", AUGMENT_DRAWS))
         with self.autocast:
-            predicted = self.model(images)
-        style = F.cross_entropy(predicted.style.float(), self.model.style_of[labels])
+            predicted: Prediction = self.parallel.call(images)
+        style = F.cross_entropy(predicted.style.float(), self.model.style_of[batch.labels])
         subgroup = F.cross_entropy(
-            predicted.subgroup.float(), self.model.subgroup_of[labels], label_smoothing=0.1
+            predicted.subgroup.float(), self.model.subgroup_of[batch.labels], label_smoothing=0.1
         )
         return Loss(style + subgroup, {"style": style, "subgroup": subgroup})
 
-    def after_step(self, step: int, indices: Tensor, loop: Loop) -> dict[str, float]:
+    def after_step(self, batch: PictureBatch, draws: Draws, run: Run) -> dict[str, float]:
         return {}
 
     def notes(self) -> dict[str, float]:
@@ -165,14 +191,12 @@ class ClassifierTask:
         if not isinstance(averaged, Classifier):
             raise TypeError(f"evaluate: expected a Classifier, got {type(averaged).__name__}")
         with self.autocast:
-            return averaged.accuracy(
-                to_float(self.images[self.held_out]), self.labels[self.held_out]
-            )
+            return averaged.accuracy(to_float(self.held_out.images), self.held_out.labels)
 
-    def extra_state(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_extra_state(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         return None
 
 
@@ -183,16 +207,23 @@ def train_classifier(recipe: ClassifierRecipe) -> bool:
         ValueError: where the data do not fit the recipe.
         TrainingError: where the loss stops being finite.
     """
-    device = pick_device(recipe.device)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    data = load_pictures(recipe.data, recipe.size)
-    torch.manual_seed(derived_seed(recipe.seed, 4))
-    model = Classifier(data.label_names, recipe.width, recipe.size).to(device)
-    loop = Loop(recipe, ClassifierTask(recipe, model, data, device), device)
-    over = loop.run()
-    averaged = loop.ema.module
-    if isinstance(averaged, Classifier):
-        averaged.save(recipe.out / "classifier")
-        logger.info("wrote %s", recipe.out / "classifier")
+    with joined(recipe.device) as ranks:
+        begin(recipe, ranks)
+        pictures = open_pictures(recipe.data, recipe.size)
+        batches = picture_batches(
+            recipe, recipe.size, ranks, crop=False, flip=False, pictures=pictures
+        )
+        torch.manual_seed(derived_seed(recipe.seed, WEIGHTS_STREAM))
+        names = list(pictures.label_names)
+        model = Classifier(names, recipe.width, recipe.size).to(ranks.device)
+        parallel = parallelize(model, "forward", recipe, ranks, blocks=())
+        held_out = held_out_pictures(pictures, recipe.size, len(pictures.held_out), recipe.seed)
+        loop = Loop(recipe, ClassifierTask(recipe, parallel, batches, held_out), parallel)
+        over = loop.run()
+        averaged = parallel.gathered(loop.ema.module)
+        if isinstance(averaged, Classifier) and ranks.first:
+            averaged.save(recipe.out / "classifier")
+            logger.info("wrote %s", recipe.out / "classifier")
     return over

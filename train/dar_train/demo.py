@@ -1,4 +1,4 @@
-"""The embedded model in one command: tokenizer, prior, export, classifier, report, in this order.
+"""The embedded model in one command: tokenizer, prior, export, classifier, report, card, in order.
 
 Calls resume one another: each works for at most `call_minutes`, saves and returns; the call that
 ends the last stage writes the file `finished`. On a GPU behind calls of ten minutes:
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dar_fast.files import atomic_write
+from dar_train.card import CardRecipe, write_card
 from dar_train.classifier import train_classifier
 from dar_train.data import load_pictures
 from dar_train.evaluate import EvaluateRecipe, evaluate
@@ -128,9 +129,10 @@ def train_demo(recipe: DemoRecipe, stages: Stages | None = None) -> bool:
             pipeline=str(pipeline), data=recipe.data, out=out / "report", device=recipe.device,
             classifier=out / "classifier" / "classifier", threads=recipe.threads,
             samples=recipe.samples,
-            curves=(out / "tokenizer" / "metrics.jsonl", out / "prior" / "metrics.jsonl"),
+            runs=(out / "tokenizer", out / "prior", out / "classifier"),
         )
     )  # fmt: skip
+    write_card(CardRecipe(report=out / "report", out=pipeline))
     _mark(out)
     return True
 

@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from dar_fast import DARPipeline
+from dar_fast.device import pick_device
 from dar_fast.files import atomic_write
 from dar_train import figures
 from dar_train.classifier import Classifier, split_label
 from dar_train.codebook import use_of
 from dar_train.data import Pictures, chunks, load_pictures, to_float
-from dar_train.loop import pick_device
 from dar_train.reporting import logger
+from dar_train.runs import describe_run, machine
 from dar_train.tokens import unigram
 
 CHUNK = 64
 GRID_ROWS = 12
+COMPONENTS, ROUNDS = 64, 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,7 @@ class EvaluateRecipe:
     seed: int = 0  # of the samples
     device: str = "auto"  # auto, cpu, cuda or cuda:<n>
     threads: int | None = None  # CPU threads; the machine's own choice by default
-    curves: tuple[Path, ...] = ()  # metrics.jsonl files to draw
+    runs: tuple[Path, ...] = ()  # folders of the trainings, whose curves and calls to report
 
     def __post_init__(self) -> None:
         if self.samples < 0:
@@ -96,6 +98,44 @@ def _tokenizer_report(
     }
 
 
+def baselines(train: Tensor, held_out: Tensor) -> dict[str, dict[str, float]]:
+    """PSNR of the mean training picture, and of its 64 principal components, not quantised.
+
+    As many numbers a picture as the demo has codes, so what codes cannot lose more than.
+    """
+    rows, wanted = train.flatten(1), held_out.flatten(1)
+    mean = rows.mean(dim=0)
+    rows = rows - mean
+    axes = torch.randn(rows.shape[1], 2 * COMPONENTS, generator=torch.Generator().manual_seed(0))
+    for _ in range(ROUNDS):  # of subspace iteration: 4·M·D·128 multiplications each
+        axes = torch.linalg.qr(rows.T @ (rows @ axes)).Q
+    axes = axes @ torch.linalg.svd(rows @ axes, full_matrices=False).Vh[:COMPONENTS].T
+    projected = mean + (wanted - mean) @ axes @ axes.T
+    seen = {"mean": mean.expand_as(wanted), "components": projected}
+    return {
+        name: {
+            "psnr": float(figures.psnr(held_out, x.view_as(held_out)).mean()),
+            "psnr_of_mean": figures.psnr_of_mean(held_out, x.view_as(held_out)),
+        }
+        for name, x in seen.items()
+    }
+
+
+def _models(pipe: DARPipeline) -> dict[str, Any]:
+    """What the parts are: sizes, codes, groups, steps, labels."""
+    config = pipe.tokenizer.config
+    return {
+        "tokenizer_parameters": sum(p.numel() for p in pipe.tokenizer.parameters()),
+        "prior_parameters": sum(p.numel() for p in pipe.prior.parameters()),
+        "image_size": config.image_size,
+        "num_tokens": config.num_tokens,
+        "num_groups": config.num_groups,
+        "num_steps": config.num_steps,
+        "codebook_size": config.codebook_size,
+        "labels": len(pipe.labels),
+    }
+
+
 @torch.no_grad()
 def _cross_entropy(pipe: DARPipeline, codes: Tensor, labels: Tensor) -> float:
     total = 0.0
@@ -127,7 +167,7 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
         ValueError: where data, pipeline and classifier do not fit each other.
         CheckpointError: where the pipeline cannot be read.
     """
-    device = pick_device(recipe.device)
+    device = pick_device(None if recipe.device == "auto" else recipe.device)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     pipe = DARPipeline.from_pretrained(recipe.pipeline, device=device)
@@ -144,7 +184,14 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
     vocab = pipe.tokenizer.config.codebook_size
     counts = torch.bincount(train_codes.flatten(), minlength=vocab)
     report: dict[str, Any] = {
-        "pictures": {"train": len(data.train), "held_out": len(data.held_out)},
+        "pictures": {
+            "train": len(data.train),
+            "held_out": len(data.held_out),
+            "held_out_names": len({data.names[i] for i in data.held_out.tolist()}),
+            "styles": sorted({split_label(name)[0] for name in data.label_names}),
+        },
+        "models": _models(pipe),
+        "baselines": baselines(train_images, images),
         "tokenizer": _tokenizer_report(pipe, data, images, codes, steps)
         | {"codes_train": use_of(counts)},
         "prior": {
@@ -158,6 +205,8 @@ def evaluate(recipe: EvaluateRecipe) -> dict[str, Any]:
             "guidance": recipe.guidance, "top_p": recipe.top_p,
             "temperature": recipe.temperature, "seed": recipe.seed, "samples": recipe.samples,
         },
+        "machine": machine(device),
+        "runs": [describe_run(run) for run in recipe.runs],
     }  # fmt: skip
     rows = torch.linspace(0, len(images) - 1, min(GRID_ROWS, len(images))).long()
     grid = torch.stack([images[rows], *(step[rows] for step in steps)], dim=1)
@@ -201,5 +250,5 @@ def _draw(recipe: EvaluateRecipe, report: dict[str, Any]) -> None:
     from dar_train import curves
 
     curves.draw_previews(report["tokenizer"]["previews"], recipe.out / "previews.png")
-    for file in recipe.curves:
-        curves.draw_metrics(file, recipe.out / f"curves-{file.parent.name}.png")
+    for run in recipe.runs:
+        curves.draw_metrics(run / "metrics.jsonl", recipe.out / f"curves-{run.name}.png")

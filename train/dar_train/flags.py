@@ -15,6 +15,8 @@ from dar_train.recipes.files import field_help, grouped
 from dar_train.recipes.models import merged_overrides
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
+_ANNOTATED: Any = Annotated  # for types that are made here
+_GROUP: Any = tyro.conf.OmitArgPrefixes
 FILE_HELP = "recipe file; its values win over the preset's, flags over both"
 
 
@@ -49,15 +51,15 @@ def _flags(base: Recipe) -> type:
     for title, names in grouped(kind).items():
         fields: list[Any] = []
         for name in names:
-            hint = Annotated[types[name], tyro.conf.arg(help=comments.get(name, ""))]
+            hint: Any = _ANNOTATED[types[name], tyro.conf.arg(help=comments.get(name, ""))]
             default = () if name == "override" else getattr(base, name)
             fields.append((name, hint, dataclasses.field(default=default)))
         if title == "run":
-            hint = Annotated[Path | None, tyro.conf.arg(help=FILE_HELP)]
+            hint = _ANNOTATED[Path | None, tyro.conf.arg(help=FILE_HELP)]
             fields.insert(0, ("recipe", hint, dataclasses.field(default=None)))
         group = dataclasses.make_dataclass(title, fields, frozen=True, kw_only=True)
         group.__doc__ = ""
-        groups.append((title, tyro.conf.OmitArgPrefixes[group], dataclasses.field(default=group())))
+        groups.append((title, _GROUP[group], dataclasses.field(default=group())))
     flags = dataclasses.make_dataclass("Flags", groups, frozen=True, kw_only=True)
     flags.__doc__ = ""
     return flags

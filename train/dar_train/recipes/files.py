@@ -153,7 +153,8 @@ def resolve(
     types = hints(type(base))
     problems = _model_table(values) if "override" in types else []
     problems += [
-        f"{key}: expected a field of the recipe, got {key!r}{did_you_mean(key, types)}"
+        f"{key if key.isidentifier() else 'recipe'}: expected a field of the recipe, "
+        f"got {key!r}{did_you_mean(key, types)}"
         for key in values
         if key not in types
     ]

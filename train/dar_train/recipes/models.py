@@ -131,9 +131,9 @@ def check_values(values: Mapping[str, Any]) -> None:
     problems = []
     if not isinstance(values.get("dit", {}), Mapping):
         raise ProblemsError([f"model.dit: expected an object, got {values['dit']!r}"])
-    for key in _FLOATS:
+    for key in sorted(set(keys_of(values)) & set(_FLOATS)):
         value = look_up(values, key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             problems.append(f"model.{key}: expected a number, got {value!r}")
     for key, whole_key in _DIVISORS:
         part, whole = look_up(values, key), look_up(values, whole_key)

@@ -14,7 +14,7 @@ from dar_train.recipes.prior import PriorRecipe
 from dar_train.recipes.tokenizer import TokenizerRecipe
 
 _AT_SCALE: dict[str, Any] = {
-    "data": Path("imagenet/train"), "batch": 1024, "compile": True, "workers": 8,
+    "data": Path("imagenet"), "batch": 1024, "compile": True, "workers": 8,
     "eval_pictures": 1024, "log_minutes": 0.5, "eval_minutes": 60.0, "save_minutes": 15.0,
 }  # fmt: skip
 
