@@ -12,14 +12,19 @@ from dar_fast.models.tokenizer import Tokenizer
 from dar_train.data import derived_seed, open_pictures
 from dar_train.distributed import Ranks, joined
 from dar_train.export import export_component
+from dar_train.init import start_weights
 from dar_train.loop import Loop
 from dar_train.parallel import parallelize
 from dar_train.prior_task import PriorTask
 from dar_train.recipes import PriorRecipe
 from dar_train.recompute import recompute
 from dar_train.reporting import logger
+from dar_train.runs import begin
+from dar_train.tokenizer_loop import attention_of
 from dar_train.tokens import (
+    CodeBatch,
     Progress,
+    Spec,
     Store,
     await_complete,
     check_belongs,
@@ -32,11 +37,10 @@ from dar_train.tokens import (
     write_tokens,
 )
 
-WEIGHTS_STREAM = 4  # of a seed
+WEIGHTS_STREAM = 4  # of a recipe's seed
 
 
-def _check_fit(config: PriorConfig, store: Store) -> None:
-    spec = store.spec
+def _check_fit(config: PriorConfig, spec: Spec) -> None:
     fits = [("vocab_size", spec.codebook_size), ("num_tokens", spec.tokens)]
     fits += [("num_classes", len(spec.label_names))] if spec.label_names else []
     for field, expected in fits:
@@ -46,12 +50,15 @@ def _check_fit(config: PriorConfig, store: Store) -> None:
                 f"model: expected {field} {expected} for this tokenizer and data, got {got}; "
                 f"set --override {field}={expected}"
             )
-    largest = int(store.labels.max())
-    if largest >= config.num_classes:
-        first = int((store.labels >= config.num_classes).nonzero()[0])
+
+
+def _check_labels(config: PriorConfig, store: Store) -> None:
+    wrong = (store.labels >= config.num_classes).nonzero().flatten()
+    if len(wrong):
+        first = int(wrong[0])
         raise ValueError(
             f"labels: expected 0 to {config.num_classes - 1}, got {int(store.labels[first])} of "
-            f"picture {first}, the first of {int((store.labels >= config.num_classes).sum())}"
+            f"picture {first}, the first of {len(wrong)}"
         )
 
 
@@ -60,11 +67,14 @@ def _is_there(data: Path) -> bool:
     return "{" in text or Path(text).exists()
 
 
-def open_tokens(recipe: PriorRecipe, tokenizer: Tokenizer, ranks: Ranks) -> Store:
+def open_tokens(
+    recipe: PriorRecipe, config: PriorConfig, tokenizer: Tokenizer, ranks: Ranks
+) -> Store:
     """The codes that the recipe names, or those of its data, encoded now where they are not yet.
 
     Raises:
-        ValueError: where codes are of another tokenizer, of other pictures, labels or views.
+        ValueError: where codes are of another tokenizer, of other pictures, labels or views, or
+            do not fit the model.
     """
     digest = folder_hash(recipe.tokenizer)
     views = views_of(ten_crop=recipe.ten_crop, flip=recipe.flip, moves=recipe.views)
@@ -73,6 +83,7 @@ def open_tokens(recipe: PriorRecipe, tokenizer: Tokenizer, ranks: Ranks) -> Stor
         folder = recipe.out / "tokens"
         pictures = open_pictures(recipe.data, size)
         spec = spec_of(tokenizer, digest, pictures, views=views, seed=recipe.seed)
+        _check_fit(config, spec)  # before the work
         if not write_tokens(
             folder, tokenizer, pictures, spec, ranks, workers=recipe.workers, report=_log
         ):
@@ -80,6 +91,7 @@ def open_tokens(recipe: PriorRecipe, tokenizer: Tokenizer, ranks: Ranks) -> Stor
         return open_store(folder)
     store = open_store(recipe.tokens)
     check_belongs(store, tokenizer=digest)
+    _check_fit(config, store.spec)
     if not _is_there(recipe.data):
         logger.info("data: %s is not there; the tokens say what they are of", recipe.data)
     elif ranks.first:
@@ -98,6 +110,37 @@ def _log(now: Progress) -> None:
     logger.info("encoded chunk %d of %d", now.chunk, now.chunks)
 
 
+def prior_loop(recipe: PriorRecipe, ranks: Ranks) -> Loop[CodeBatch]:
+    """The loop of a run, resumed where the recipe says so.
+
+    Raises:
+        ValueError: where the data, the tokenizer, the codes or the model do not fit the recipe.
+    """
+    config = recipe.config()
+    tokenizer = load_tokenizer(recipe.tokenizer, ranks.device)
+    store = open_tokens(recipe, config, tokenizer, ranks)
+    _check_labels(config, store)
+    torch.manual_seed(derived_seed(recipe.seed, WEIGHTS_STREAM))
+    model = Prior(config, dropout=recipe.dropout).to(ranks.device)
+    if recipe.init is not None:
+        start_weights(model, recipe.init)
+    blocks = list(model.blocks())
+    recompute(blocks, recipe.recompute)
+    parallel = parallelize(model, "loss", recipe, ranks, blocks)
+    batches = code_batches(store, batch=recipe.batch, seed=recipe.seed, ranks=ranks)
+    task = PriorTask(recipe, parallel, batches, store, tokenizer if ranks.first else None)
+    loop = Loop(recipe, task, parallel)
+    logger.info(
+        "prior %s: %.1fM parameters, %d training pictures, %d views of each, %s",
+        recipe.model, sum(p.numel() for p in model.parameters()) / 1e6,
+        len(store.train), len(store.spec.views), ranks.device,
+    )  # fmt: skip
+    if ranks.first:
+        with atomic_write(recipe.out / "labels.json") as temporary:
+            temporary.write_text(json.dumps(store.spec.label_names) + "\n")
+    return loop
+
+
 def train_prior(recipe: PriorRecipe) -> bool:
     """Train, resume or finish a prior; True when the whole run is over.
 
@@ -105,32 +148,13 @@ def train_prior(recipe: PriorRecipe) -> bool:
         ValueError: where the data, the tokenizer, the codes or the model do not fit the recipe.
         TrainingError: where the loss stops being finite.
     """
-    config = recipe.config()
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    with joined(recipe.device) as ranks:
-        tokenizer = load_tokenizer(recipe.tokenizer, ranks.device)
-        store = open_tokens(recipe, tokenizer, ranks)
-        _check_fit(config, store)
-        torch.manual_seed(derived_seed(recipe.seed, WEIGHTS_STREAM))
-        model = Prior(config, dropout=recipe.dropout).to(ranks.device)
-        blocks = list(model.blocks())
-        recompute(blocks, recipe.recompute)
-        parallel = parallelize(model, "loss", recipe, ranks, blocks)
-        batches = code_batches(store, batch=recipe.batch, seed=recipe.seed, ranks=ranks)
-        task = PriorTask(recipe, parallel, batches, store, tokenizer if ranks.first else None)
-        loop = Loop(recipe, task, parallel)
-        logger.info(
-            "prior %s: %.1fM parameters, %d views of %d training pictures, %s",
-            recipe.model, sum(p.numel() for p in model.parameters()) / 1e6,
-            len(store.spec.views), len(store.train), ranks.device,
-        )  # fmt: skip
-        if ranks.first:
-            recipe.out.mkdir(parents=True, exist_ok=True)
-            with atomic_write(recipe.out / "labels.json") as temporary:
-                temporary.write_text(json.dumps(store.spec.label_names) + "\n")
+    with attention_of(recipe), joined(recipe.device) as ranks:
+        begin(recipe, ranks)
+        loop = prior_loop(recipe, ranks)
         over = loop.run()
-        averaged = parallel.gathered(loop.ema.module)
+        averaged = loop.parallel.gathered(loop.ema.module)
         if averaged is not None and ranks.first:
             export_component(averaged, recipe.out / "prior")
-        return over
+    return over

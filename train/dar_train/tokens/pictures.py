@@ -13,7 +13,7 @@ from dar_train.data import (
     Source,
     augment,
     centre_crop,
-    cut,
+    cut_all,
     derived_seed,
     ten_crop,
     to_float,
@@ -39,28 +39,30 @@ def viewed(source: Source, index: int, views: Sequence[View], size: int, seed: i
         UnreadableError: where it is damaged or missing.
     """
     picture, label = source.read(index)
-    squares: dict[int | None, Tensor] = {}  # a mirror image is its crop's, turned
-
-    def square(crop: int | None) -> Tensor:
-        if crop not in squares:
-            choose = partial(centre_crop, size=size)
-            if crop is not None:
-                choose = partial(ten_crop, size=size, number=crop)
-            squares[crop] = cut(picture, size, choose)
-        return squares[crop]
-
+    wanted = list(dict.fromkeys(_square(view) for view in views))
+    choices = [
+        partial(centre_crop, size=size)
+        if crop is None
+        else partial(ten_crop, size=size, number=crop)
+        for crop in wanted
+    ]
+    squares = dict(zip(wanted, cut_all(picture, size, choices), strict=True))
     images = []
     for view in views:
+        image = squares[_square(view)]
         if view.move is not None:
-            images.append(
-                _moved(square(None), view, derived_seed(seed, MOVE_STREAM, view.move, index))
-            )
-        elif view.crop is not None and view.crop >= CROPS // 2:
-            images.append(square(view.crop - CROPS // 2).flip(-1))
+            images.append(_moved(image, view, derived_seed(seed, MOVE_STREAM, view.move, index)))
         else:
-            image = square(view.crop)
-            images.append(image.flip(-1) if view.flip else image)
+            mirrored = view.flip if view.crop is None else view.crop >= CROPS // 2 or view.flip
+            images.append(image.flip(-1) if mirrored else image)
     return Viewed(torch.stack(images), label)
+
+
+def _square(view: View) -> int | None:
+    """The crop that `view` is made of: a mirror image is its crop's, turned; None: the centre."""
+    if view.move is not None or view.crop is None:
+        return None
+    return view.crop % (CROPS // 2)
 
 
 def _moved(image: Tensor, view: View, seed: int) -> Tensor:
