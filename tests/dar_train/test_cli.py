@@ -41,11 +41,14 @@ def test_demo_is_the_default_preset(parsed) -> None:
         ("tokenizer --batch 0", "batch: expected a positive number, got 0"),
         ("walk", "dar train: expected one of"),
         ("tokenizer --data /nowhere --minutes 1 --device cpu", "data: expected a packed file"),
+        ("classifier --data /nowhere --warmup 3000", "warmup: expected fewer than the 2000 steps"),
     ],
 )
-def test_bad_usage_exits_with_2(line, message, capsys) -> None:
+def test_bad_usage_exits_with_2(line, message, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     assert cli.main(line.split()) == 2
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))

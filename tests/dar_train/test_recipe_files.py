@@ -255,6 +255,17 @@ def test_one_shape_of_micro_batches_under_compile(tokenizer_recipe) -> None:
     assert line.startswith("micro_batch: expected a divisor of the 10 samples of a rank")
 
 
+def test_data(tokenizer_recipe, prior_recipe, tmp_path) -> None:
+    (line,) = _problems(tokenizer_recipe(data=tmp_path / "none"))
+    assert line.startswith("data: expected a packed file or a folder of pictures, got")
+    validate(tokenizer_recipe(data=Path("shards-{000..127}.tar")))
+    (tmp_path / "packed.npz").write_text("")
+    (line,) = _problems(tokenizer_recipe(data=tmp_path / "packed.npz", crop=True))
+    assert line.startswith("crop: expected false with a packed file")
+    (tmp_path / "manifest.json").write_text("{}")
+    validate(prior_recipe(data=tmp_path / "none", tokens=tmp_path, tokenizer=tmp_path))
+
+
 def test_what_a_prior_needs(prior_recipe, tmp_path) -> None:
     recipe = prior_recipe(tokenizer=tmp_path / "none", tokens=tmp_path / "codes", model="hugs")
     assert [line.partition(",")[0] for line in _problems(recipe)] == [

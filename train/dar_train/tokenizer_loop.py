@@ -29,6 +29,7 @@ from dar_train.parallel import parallelize
 from dar_train.recipes import Recipe, TokenizerRecipe
 from dar_train.recompute import recompute
 from dar_train.reporting import logger
+from dar_train.runs import begin
 from dar_train.tokenizer_figures import HeldOutFigures
 from dar_train.tokenizer_task import TokenizerTask
 
@@ -121,6 +122,7 @@ def train_tokenizer(recipe: TokenizerRecipe) -> bool:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     with attention_of(recipe), joined(recipe.device) as ranks:
+        begin(recipe, ranks)
         loop = tokenizer_loop(recipe, ranks)
         over = loop.run()
         averaged = loop.parallel.gathered(loop.ema.module)

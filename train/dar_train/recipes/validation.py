@@ -35,7 +35,7 @@ def validate(recipe: Recipe, world: int = 1) -> None:
     Raises:
         ProblemsError: a line for each thing wrong.
     """
-    problems = [*_scale(recipe, world), *_weights(recipe), *_out(recipe.out)]
+    problems = [*_data(recipe), *_scale(recipe, world), *_weights(recipe), *_out(recipe.out)]
     if isinstance(recipe, TokenizerRecipe | PriorRecipe):
         try:
             config = recipe.config()
@@ -48,6 +48,22 @@ def validate(recipe: Recipe, world: int = 1) -> None:
         problems += _codes(recipe)
     if problems:
         raise ProblemsError(problems)
+
+
+def _data(recipe: Recipe) -> Iterator[str]:
+    text = str(recipe.data)
+    folder = Path(text.removeprefix("hf:"))
+    optional = isinstance(recipe, PriorRecipe) and recipe.tokens is not None
+    if "{" not in text and not folder.exists() and not optional:
+        yield (
+            f"data: expected a packed file or a folder of pictures, got {text!r} (not there); "
+            "dar train emoji builds the embedded model's"
+        )
+    if getattr(recipe, "crop", False) and recipe.data.suffix == ".npz":
+        yield (
+            "crop: expected false with a packed file, whose pictures are no larger than the "
+            "model's, got true"
+        )
 
 
 def _scale(recipe: Recipe, world: int) -> Iterator[str]:
