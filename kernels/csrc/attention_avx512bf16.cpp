@@ -1,34 +1,13 @@
-#include <immintrin.h>
-
 #include "attention.h"
+#include "attention_tiles.h"
 #include "modulate_kernel.h"
 
 namespace dar {
 namespace {
 
-constexpr int ROWS = 4;                      // queries at a time: 16 accumulators hide the latency of a product
 constexpr int64_t HALF = ATTENTION_KEYS / 2; // keys of one product: 4 vectors
-constexpr float LOG2E = 1.44269504088896341F;
 
 inline uint32_t pair(Bf16 low, Bf16 high) { return low.bits | static_cast<uint32_t>(high.bits) << 16; }
-
-inline __m512bh as_bf16(__m512i x) { return reinterpret_cast<__m512bh>(x); }
-
-// 2^x for x <= 0, 1e-38 at least: the weights are rounded to bf16 afterwards, so degree 4 (4e-5) is ample. The integer
-// part reaches the exponent by an integer addition, which has ports of its own.
-inline __m512 exp2_approx(__m512 x) {
-    const __m512 magic = _mm512_set1_ps(12582912.0F);
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0F));
-    const __m512 shifted = _mm512_add_ps(x, magic);
-    const __m512 r = _mm512_sub_ps(x, _mm512_sub_ps(shifted, magic));
-    __m512 p = _mm512_set1_ps(9.61812911e-3F);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.55041087e-2F));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.40226507e-1F));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93147181e-1F));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0F));
-    const __m512i n = _mm512_slli_epi32(reinterpret_cast<__m512i>(shifted), 23);
-    return reinterpret_cast<__m512>(_mm512_add_epi32(reinterpret_cast<__m512i>(p), n));
-}
 
 inline void normed_head(const HeadNormRope<Bf16> &op, int64_t b, int64_t n, int64_t h, float *scratch, Bf16 *out) {
     const int64_t Dh = op.head_dim;
@@ -41,31 +20,15 @@ inline void normed_head(const HeadNormRope<Bf16> &op, int64_t b, int64_t n, int6
 
 // Scores of 4 queries over 64 keys, times log2(e).
 inline void scores(const uint32_t *queries, const uint32_t *keys, int64_t pairs, __m512 (&sum)[ROWS][4]) {
-    for (auto &row : sum)
-        for (auto &s : row)
-            s = _mm512_setzero_ps();
-    for (int64_t p = 0; p < pairs; ++p) {
-        __m512i key[4];
-        for (int j = 0; j < 4; ++j)
-            key[j] = _mm512_load_si512(keys + p * HALF + 16 * j);
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) {
-            const __m512i query = _mm512_set1_epi32(static_cast<int>(queries[r * pairs + p]));
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j)
-                sum[r][j] = _mm512_dpbf16_ps(sum[r][j], as_bf16(query), as_bf16(key[j]));
-        }
-    }
+    clear<4>(sum);
+    products<4>(queries, pairs, keys, HALF, pairs, sum);
 }
 
 // One block of keys' scores to weights relative to the new maximum; the old sum and output shrink by `rescale`.
 inline void softmax_row(__m512 (&score)[8], float *top, float *sum, float *rescale, uint32_t *weights, int64_t valid) {
     if (valid < ATTENTION_KEYS)
-        for (int j = 0; j < 8; ++j) {
-            const int64_t left = valid - 16 * j;
-            const __mmask16 inside = left >= 16 ? 0xFFFF : left <= 0 ? 0 : static_cast<__mmask16>((1U << left) - 1);
-            score[j] = _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), inside, score[j]);
-        }
+        for (int j = 0; j < 8; ++j)
+            score[j] = _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), first_lanes(valid - 16 * j), score[j]);
     __m512 high = score[0];
     for (int j = 1; j < 8; ++j)
         high = _mm512_max_ps(high, score[j]);
@@ -79,7 +42,7 @@ inline void softmax_row(__m512 (&score)[8], float *top, float *sum, float *resca
         const __m512 low = exp2_approx(_mm512_sub_ps(score[j], shift));
         const __m512 next = exp2_approx(_mm512_sub_ps(score[j + 1], shift));
         total = _mm512_add_ps(total, _mm512_add_ps(low, next));
-        _mm512_store_si512(weights + 8 * j, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(next, low)));
+        _mm512_store_si512(weights + 8 * j, as_words(_mm512_cvtne2ps_pbh(next, low)));
     }
     *sum = *sum * *rescale + _mm512_reduce_add_ps(total);
 }
@@ -94,19 +57,7 @@ weigh(const uint32_t *weights, const uint32_t *values, const float *rescale, flo
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v)
             sum[r][v] = _mm512_mul_ps(_mm512_load_ps(output + r * stride + 16 * v), _mm512_set1_ps(rescale[r]));
-    for (int64_t p = 0; p < HALF; ++p) {
-        __m512i value[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v)
-            value[v] = _mm512_load_si512(values + p * 16 * V + 16 * v);
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) {
-            const __m512i weight = _mm512_set1_epi32(static_cast<int>(weights[r * HALF + p]));
-#pragma GCC unroll 4
-            for (int v = 0; v < V; ++v)
-                sum[r][v] = _mm512_dpbf16_ps(sum[r][v], as_bf16(weight), as_bf16(value[v]));
-        }
-    }
+    products<V>(weights, HALF, values, 16 * V, HALF, sum);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4

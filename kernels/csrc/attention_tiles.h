@@ -81,43 +81,46 @@ inline void products(
     }
 }
 
-template <int V>
-inline void add_products(
-    const uint32_t *a, int64_t a_stride, const uint32_t *b, int64_t b_stride, int64_t pairs, float *c, int64_t c_stride
-) {
+// What is added up: C += A B, or C = A B, for 4 rows.
+struct Product {
+    const uint32_t *a;
+    int64_t a_stride;
+    const uint32_t *b;
+    int64_t b_stride, pairs;
+    float *c;
+    int64_t c_stride;
+    bool fresh;
+};
+
+template <int V> inline void add_columns(const Product &x, int64_t column) {
     __m512 sum[ROWS][V];
+    if (x.fresh)
+        clear<V>(sum);
+    else
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v)
+                sum[r][v] = _mm512_load_ps(x.c + r * x.c_stride + column + 16 * v);
+    products<V>(x.a, x.a_stride, x.b + column, x.b_stride, x.pairs, sum);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v)
-            sum[r][v] = _mm512_load_ps(c + r * c_stride + 16 * v);
-    products<V>(a, a_stride, b, b_stride, pairs, sum);
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v)
-            _mm512_store_ps(c + r * c_stride + 16 * v, sum[r][v]);
+            _mm512_store_ps(x.c + r * x.c_stride + column + 16 * v, sum[r][v]);
 }
 
-// C += A B for 4 rows and `columns`, a multiple of 16.
-inline void add_row_products(
-    const uint32_t *a,
-    int64_t a_stride,
-    const uint32_t *b,
-    int64_t b_stride,
-    int64_t pairs,
-    float *c,
-    int64_t c_stride,
-    int64_t columns
-) {
-    for (; columns >= 64; columns -= 64, b += 64, c += 64)
-        add_products<4>(a, a_stride, b, b_stride, pairs, c, c_stride);
-    if (columns == 48)
-        add_products<3>(a, a_stride, b, b_stride, pairs, c, c_stride);
-    else if (columns == 32)
-        add_products<2>(a, a_stride, b, b_stride, pairs, c, c_stride);
-    else if (columns == 16)
-        add_products<1>(a, a_stride, b, b_stride, pairs, c, c_stride);
+// `columns` is a multiple of 16.
+inline void add_products(const Product &x, int64_t columns) {
+    int64_t column = 0;
+    for (; columns - column >= 64; column += 64)
+        add_columns<4>(x, column);
+    if (columns - column == 48)
+        add_columns<3>(x, column);
+    else if (columns - column == 32)
+        add_columns<2>(x, column);
+    else if (columns - column == 16)
+        add_columns<1>(x, column);
 }
 
 // Lane j of x[i] and lane i of x[j] change places.
@@ -163,12 +166,13 @@ struct Rows {
 
 // [padded, Dh / 2]: pairs of channels.
 inline void pack_plain(const Rows &x, int64_t padded, uint32_t *out) {
-    const int64_t bytes = x.Dh * static_cast<int64_t>(sizeof(Bf16));
-    for (int64_t n = 0; n < padded; ++n, out += x.Dh / 2)
-        if (n < x.N)
-            __builtin_memcpy(out, x.at(n), bytes);
-        else
-            __builtin_memset(out, 0, bytes);
+    for (int64_t n = 0; n < padded; ++n)
+        for (int64_t d = 0; d < x.Dh; d += 16) {
+            __m256i words = _mm256_setzero_si256();
+            if (n < x.N)
+                words = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(x.at(n) + d));
+            _mm256_store_si256(reinterpret_cast<__m256i *>(out + (n * x.Dh + d) / 2), words);
+        }
 }
 
 // [padded / LANES, Dh / 2, LANES]: pairs of channels, rows side by side; LANES and padded multiples of 16.
@@ -197,8 +201,8 @@ inline void pack_pairs(const Rows &x, int64_t padded, uint32_t *out) {
         }
 }
 
-// [Dh, padded / 2]: pairs of rows, the channels below each other; padded a multiple of 32.
-inline void pack_pairs_by_channel(const Rows &x, int64_t padded, uint32_t *out) {
+// [Dh, padded / 2]: pairs of rows, the channels `out_stride` words apart; padded a multiple of 32.
+inline void pack_pairs_by_channel(const Rows &x, int64_t padded, uint32_t *out, int64_t out_stride) {
     for (int64_t n = 0; n < padded; n += 32)
         for (int64_t d = 0; d < x.Dh; d += 16) {
             __m512i tile[16];
@@ -208,7 +212,7 @@ inline void pack_pairs_by_channel(const Rows &x, int64_t padded, uint32_t *out) 
             }
             transpose16(tile);
             for (int64_t i = 0; i < 16; ++i)
-                _mm512_store_si512(out + (d + i) * (padded / 2) + n / 2, tile[i]);
+                _mm512_store_si512(out + (d + i) * out_stride + n / 2, tile[i]);
         }
 }
 

@@ -51,13 +51,27 @@ void attention_train([[maybe_unused]] const AttentionTrain &op, [[maybe_unused]]
 void attention_train_backward([[maybe_unused]] const AttentionGradient &op, [[maybe_unused]] int threads) {
     expect_supported(op.forward.Dh);
 #if DAR_X86
-    const int64_t items = op.forward.B * op.forward.KV;
+    const AttentionTrain &f = op.forward;
+    // As above, but the sum of the parts' dQ is always made in the same order.
+    const int64_t heads = f.B * f.KV, parts = (f.Nk + PART_KEYS - 1) / PART_KEYS;
+    const bool split = parts > 1 && heads % threads != 0 && heads < 2 * threads;
+    const int64_t items = split ? heads * parts : heads;
     const int workers = static_cast<int>(std::clamp<int64_t>(items, 1, threads));
-    const int64_t words = (backward_scratch(op) + 15) / 16 * 16;
+    const int64_t words = (backward_scratch(f) + 15) / 16 * 16, floats = f.H / f.KV * parts * backward_part_size(f);
     const Buffer<uint32_t> scratch = make_buffer<uint32_t>(workers * words);
+    const Buffer<float> dq = make_buffer<float>((split ? heads : workers) * floats);
     parallel_for(items, workers, [&](int64_t item, int worker) {
-        backward_head(op, item / op.forward.KV, item % op.forward.KV, scratch.get() + worker * words);
+        const int64_t head = split ? item / parts : item, b = head / f.KV, kv = head % f.KV;
+        const Parts mine = split ? Parts{item % parts, item % parts + 1, parts} : Parts{0, parts, parts};
+        float *own = dq.get() + (split ? head : worker) * floats;
+        backward_head(op, b, kv, mine, scratch.get() + worker * words, own);
+        if (!split)
+            backward_queries(op, b, kv, parts, own);
     });
+    if (split)
+        parallel_for(heads, workers, [&](int64_t head, int) {
+            backward_queries(op, head / f.KV, head % f.KV, parts, dq.get() + head * floats);
+        });
 #endif
 }
 

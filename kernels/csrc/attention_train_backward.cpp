@@ -12,6 +12,7 @@ constexpr int64_t LANES = 32;                // queries of a tile: 8 accumulator
 constexpr int64_t WIDE = 64;                 // queries of a tile of dQ^T
 constexpr int64_t WORDS = QUERIES / 2;
 
+float scale_of(const AttentionTrain &op) { return 1 / __builtin_sqrtf(static_cast<float>(op.Dh)); }
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 struct Scratch {
@@ -23,10 +24,10 @@ struct Scratch {
     uint32_t *weights, *dscores;    // [KEYS, QUERIES / 2]: pairs of queries
     uint32_t *dscores_lanes;        // [QUERIES / 64, KEYS / 2, 64]: pairs of keys, queries in the order of `place`
     float *dk, *dv;                 // [Nk, Dh]
-    float *dq;                      // [Nq / 64, Dh, 64]
+    float *dq;                      // [Nq / 64, Dh, 64]: of one part and head
     float *lse, *delta;             // [Nq]; the first in powers of two
 
-    Scratch(const AttentionTrain &op, uint32_t *own) {
+    Scratch(const AttentionTrain &op, uint32_t *own) : dq(nullptr) {
         Nq = round_up(op.Nq, WIDE);
         Nk = round_up(op.Nk, 32);
         const auto take = [&own](int64_t words) {
@@ -48,26 +49,10 @@ struct Scratch {
         dscores_lanes = take(KEYS * WORDS);
         dk = floats(2 * k_half);
         dv = floats(2 * k_half);
-        dq = floats(2 * q_half);
         lse = floats(Nq);
         delta = floats(Nq);
     }
 };
-
-// The first query that sees key k.
-int64_t first_query(const AttentionTrain &op, int64_t k) {
-    if (k >= op.Nk)
-        return op.Nq;
-    const int64_t own = k - (op.Nk - op.Nq);
-    return k < op.prefix || own < 0 ? 0 : own;
-}
-
-// How many keys query i sees.
-int64_t visible(const AttentionTrain &op, int64_t i) {
-    const int64_t own = op.Nk - op.Nq + i + 1;
-    const int64_t most = own > op.prefix ? own : op.prefix;
-    return most < op.Nk ? most : op.Nk;
-}
 
 struct Tile {
     const uint32_t *keys, *values;  // of 4 keys
@@ -80,23 +65,24 @@ struct Tile {
     int64_t first[ROWS], last;   // the queries that see each key, from the first of these 32
 };
 
-template <bool MASKED> void weigh_tile(const Tile &tile) {
+// The tile from vector FIRST of its two on; what is before is zero.
+template <int FIRST, bool MASKED> void weigh_tile(const Tile &tile) {
     __m512 score[ROWS][2], dweight[ROWS][2];
     clear<2>(score);
     clear<2>(dweight);
     for (int64_t p = 0; p < tile.pairs; ++p) {
-        const __m512i query[2] = {
-            _mm512_load_si512(tile.queries + p * LANES), _mm512_load_si512(tile.queries + p * LANES + 16)
-        };
-        const __m512i dout[2] = {
-            _mm512_load_si512(tile.dout + p * LANES), _mm512_load_si512(tile.dout + p * LANES + 16)
-        };
+        __m512i query[2], dout[2];
+#pragma GCC unroll 2
+        for (int v = FIRST; v < 2; ++v) {
+            query[v] = _mm512_load_si512(tile.queries + p * LANES + 16 * v);
+            dout[v] = _mm512_load_si512(tile.dout + p * LANES + 16 * v);
+        }
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
             const __m512i key = _mm512_set1_epi32(static_cast<int>(tile.keys[r * tile.pairs + p]));
             const __m512i value = _mm512_set1_epi32(static_cast<int>(tile.values[r * tile.pairs + p]));
 #pragma GCC unroll 2
-            for (int v = 0; v < 2; ++v) {
+            for (int v = FIRST; v < 2; ++v) {
                 score[r][v] = _mm512_dpbf16_ps(score[r][v], as_bf16(key), as_bf16(query[v]));
                 dweight[r][v] = _mm512_dpbf16_ps(dweight[r][v], as_bf16(value), as_bf16(dout[v]));
             }
@@ -106,9 +92,10 @@ template <bool MASKED> void weigh_tile(const Tile &tile) {
     __m512i rows[ROWS];
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
-        __m512 weight[2], dscore[2];
+        __m512 weight[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        __m512 dscore[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
 #pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) {
+        for (int v = FIRST; v < 2; ++v) {
             weight[v] = exp2_approx(_mm512_fmsub_ps(score[r][v], factor, _mm512_load_ps(tile.lse + 16 * v)));
             dscore[v] = _mm512_sub_ps(dweight[r][v], _mm512_load_ps(tile.delta + 16 * v));
             dscore[v] = _mm512_mul_ps(dscore[v], weight[v]);
@@ -157,14 +144,14 @@ void load_query_head(const AttentionGradient &op, int64_t b, int64_t h, const Sc
 // Weights and dS of keys from `start` and queries from `from`.
 void weigh_block(const AttentionTrain &op, const Scratch &own, int64_t start, int64_t from, int64_t end, int64_t to) {
     const int64_t pairs = op.Dh / 2;
-    const float factor = LOG2E / __builtin_sqrtf(static_cast<float>(op.Dh));
+    const float factor = LOG2E * scale_of(op);
     for (int64_t i = from; i < to; i += LANES) {
         const int64_t wide = (i - from) / WIDE;
-        const int64_t seen = visible(op, (i / WIDE * WIDE + WIDE < op.Nq ? i / WIDE * WIDE + WIDE : op.Nq) - 1);
+        const int64_t seen = op.visible((i / WIDE * WIDE + WIDE < op.Nq ? i / WIDE * WIDE + WIDE : op.Nq) - 1);
         for (int64_t k = start; k < end; k += ROWS) {
             Tile tile{};
             tile.lanes = own.dscores_lanes + (wide * (KEYS / 2) + (k - start) / 2) * WIDE + (i - from) % WIDE;
-            if (first_query(op, k) >= i + LANES || i >= op.Nq) {
+            if (op.first_query(k) >= i + LANES || i >= op.Nq) {
                 if (k < seen) // the other half of the lanes of dQ^T sees them
                     for (int r = 0; r < ROWS / 2; ++r) {
                         _mm512_store_si512(tile.lanes + r * WIDE, _mm512_setzero_si512());
@@ -183,113 +170,122 @@ void weigh_block(const AttentionTrain &op, const Scratch &own, int64_t start, in
             tile.pairs = pairs;
             tile.factor = factor;
             for (int r = 0; r < ROWS; ++r)
-                tile.first[r] = first_query(op, k + r) - i;
+                tile.first[r] = op.first_query(k + r) - i;
             tile.last = op.Nq - i;
-            if (tile.first[ROWS - 1] > 0 || tile.last < LANES)
-                weigh_tile<true>(tile);
+            if (tile.first[0] >= LANES / 2)
+                weigh_tile<1, true>(tile);
+            else if (tile.first[ROWS - 1] > 0 || tile.last < LANES)
+                weigh_tile<0, true>(tile);
             else
-                weigh_tile<false>(tile);
+                weigh_tile<0, false>(tile);
         }
     }
 }
 
-void add_block(const AttentionTrain &op, const Scratch &own, int64_t start, int64_t from, int64_t end, int64_t to) {
+// What a block adds to the gradients; `shared`: an earlier head of q has added to those of k and v.
+void add_block(
+    const AttentionTrain &op, const Scratch &own, int64_t start, int64_t from, int64_t end, int64_t to, bool shared
+) {
     const int64_t Dh = op.Dh;
-    for (int pass = 0; pass < 2; ++pass) {
-        const uint32_t *left = pass == 0 ? own.weights : own.dscores;
-        const uint32_t *right = pass == 0 ? own.dout_pairs : own.q_pairs;
-        float *sum = pass == 0 ? own.dv : own.dk;
+    for (int pass = 0; pass < 2; ++pass)
         for (int64_t k = start; k < end; k += ROWS) {
-            int64_t i = first_query(op, k) / LANES * LANES;
-            i = i > from ? i : from;
+            const int64_t first = op.first_query(k) / 16 * 16, i = first > from ? first : from;
+            Product x{};
+            x.a = (pass == 0 ? own.weights : own.dscores) + (k - start) * WORDS + (i - from) / 2;
+            x.a_stride = WORDS;
+            x.b = (pass == 0 ? own.dout_pairs : own.q_pairs) + i / 2 * Dh;
+            x.b_stride = Dh;
+            x.pairs = (to - i) / 2;
+            x.c = (pass == 0 ? own.dv : own.dk) + k * Dh;
+            x.c_stride = Dh;
+            x.fresh = !shared && first >= from;
             if (i < to)
-                add_row_products(
-                    left + (k - start) * WORDS + (i - from) / 2,
-                    WORDS,
-                    right + i / 2 * Dh,
-                    Dh,
-                    (to - i) / 2,
-                    sum + k * Dh,
-                    Dh,
-                    Dh
-                );
+                add_products(x, Dh);
         }
-    }
     for (int64_t i = from; i < to; i += WIDE) {
         const int64_t lanes = to - i < WIDE ? to - i : WIDE;
-        int64_t seen = visible(op, (i + WIDE < op.Nq ? i + WIDE : op.Nq) - 1);
+        int64_t seen = op.visible((i + WIDE < op.Nq ? i + WIDE : op.Nq) - 1);
         seen = round_up(seen < end ? seen : end, ROWS) - start;
-        const uint32_t *right = own.dscores_lanes + (i - from) / WIDE * (KEYS / 2) * WIDE;
-        for (int64_t d = 0; d < Dh && seen > 0; d += ROWS)
-            add_row_products(
-                own.k_channels + d * (own.Nk / 2) + start / 2,
-                own.Nk / 2,
-                right,
-                WIDE,
-                seen / 2,
-                own.dq + (i / WIDE * Dh + d) * WIDE,
-                WIDE,
-                lanes
-            );
-    }
-}
-
-void store_rows(const HeadRows<Bf16> &out, int64_t b, int64_t h, int64_t N, int64_t Dh, const float *x, float factor) {
-    for (int64_t n = 0; n < N; ++n)
-        for (int64_t d = 0; d < Dh; d += 16)
-            store_bf16(out.row(b, h, n) + d, _mm512_load_ps(x + n * Dh + d), factor);
-}
-
-void store_queries(
-    const HeadRows<Bf16> &out, int64_t b, int64_t h, int64_t N, int64_t Dh, const float *x, float factor
-) {
-    for (int64_t n = 0; n < round_up(N, LANES); n += 16)
-        for (int64_t d = 0; d < Dh; d += 16) {
-            __m512i tile[16];
-            for (int64_t j = 0; j < 16; ++j)
-                tile[j] = _mm512_load_si512(x + (n / WIDE * Dh + d + j) * WIDE + n % WIDE);
-            transpose16(tile);
-            for (int64_t j = 0; j < 16; ++j)
-                if (place(n + j) < N)
-                    store_bf16(out.row(b, h, place(n + j)) + d, _mm512_castsi512_ps(tile[j]), factor);
+        Product x{};
+        x.a_stride = own.Nk / 2;
+        x.b = own.dscores_lanes + (i - from) / WIDE * (KEYS / 2) * WIDE;
+        x.b_stride = WIDE;
+        x.pairs = seen / 2;
+        x.c_stride = WIDE;
+        x.fresh = start % PART_KEYS == 0;
+        for (int64_t d = 0; d < Dh && seen > 0; d += ROWS) {
+            x.a = own.k_channels + d * (own.Nk / 2) + start / 2;
+            x.c = own.dq + (i / WIDE * Dh + d) * WIDE;
+            add_products(x, lanes);
         }
+    }
 }
 
 } // namespace
 
-int64_t backward_scratch(const AttentionGradient &op) {
-    const AttentionTrain &f = op.forward;
-    const int64_t Nq = round_up(f.Nq, WIDE), Nk = round_up(f.Nk, 32);
-    return Nq * f.Dh * 3 + Nk * f.Dh * 7 / 2 + 3 * KEYS * WORDS + 2 * Nq;
+int64_t backward_part_size(const AttentionTrain &op) { return round_up(op.Nq, WIDE) * op.Dh; }
+
+int64_t backward_scratch(const AttentionTrain &op) {
+    const int64_t Nq = round_up(op.Nq, WIDE), Nk = round_up(op.Nk, 32);
+    return Nq * op.Dh * 2 + Nk * op.Dh * 7 / 2 + 3 * KEYS * WORDS + 2 * Nq;
 }
 
-void backward_head(const AttentionGradient &op, int64_t b, int64_t kv, uint32_t *scratch) {
+void backward_head(const AttentionGradient &op, int64_t b, int64_t kv, Parts parts, uint32_t *scratch, float *dq) {
     const AttentionTrain &f = op.forward;
-    const Scratch own(f, scratch);
-    const int64_t Dh = f.Dh, group = f.H / f.KV;
-    const float scale = 1 / __builtin_sqrtf(static_cast<float>(Dh));
-    const Rows k{f.k.row(b, kv, 0), f.k.row_stride, f.Nk, Dh};
-    pack_plain(k, own.Nk, own.k_plain);
-    pack_pairs_by_channel(k, own.Nk, own.k_channels);
-    pack_plain({f.v.row(b, kv, 0), f.v.row_stride, f.Nk, Dh}, own.Nk, own.v_plain);
-    __builtin_memset(own.dk, 0, own.Nk * Dh * sizeof(float));
-    __builtin_memset(own.dv, 0, own.Nk * Dh * sizeof(float));
-    const int64_t keys = round_up(f.Nk, ROWS), queries = round_up(f.Nq, LANES);
-    for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
-        load_query_head(op, b, h, own);
-        __builtin_memset(own.dq, 0, own.Nq * Dh * sizeof(float));
-        for (int64_t start = 0; start < keys; start += KEYS) {
+    Scratch own(f, scratch);
+    const int64_t Dh = f.Dh, group = f.H / f.KV, part_size = backward_part_size(f);
+    const int64_t begin = parts.first * PART_KEYS;
+    const int64_t stop = parts.last * PART_KEYS < f.Nk ? parts.last * PART_KEYS : f.Nk;
+    const int64_t padded = round_up(stop - begin, 32), offset = begin * Dh / 2;
+    const Rows k{f.k.row(b, kv, begin), f.k.row_stride, stop - begin, Dh};
+    pack_plain(k, padded, own.k_plain + offset);
+    pack_pairs_by_channel(k, padded, own.k_channels + begin / 2, own.Nk / 2);
+    pack_plain({f.v.row(b, kv, begin), f.v.row_stride, stop - begin, Dh}, padded, own.v_plain + offset);
+    if (f.Nq == 0) { // nothing will be added
+        __builtin_memset(own.dk, 0, own.Nk * Dh * sizeof(float));
+        __builtin_memset(own.dv, 0, own.Nk * Dh * sizeof(float));
+    }
+    const int64_t keys = round_up(stop, ROWS), queries = round_up(f.Nq, LANES);
+    for (int64_t i = 0; i < group; ++i) {
+        load_query_head(op, b, kv * group + i, own);
+        for (int64_t start = begin; start < keys; start += KEYS) {
+            own.dq = dq + (i * parts.all + start / PART_KEYS) * part_size;
             const int64_t end = start + KEYS < keys ? start + KEYS : keys;
-            for (int64_t from = first_query(f, start) / QUERIES * QUERIES; from < queries; from += QUERIES) {
+            for (int64_t from = f.first_query(start) / QUERIES * QUERIES; from < queries; from += QUERIES) {
                 const int64_t to = from + QUERIES < queries ? from + QUERIES : queries;
                 weigh_block(f, own, start, from, end, to);
-                add_block(f, own, start, from, end, to);
+                add_block(f, own, start, from, end, to, i > 0);
             }
         }
-        store_queries(op.dq, b, h, f.Nq, Dh, own.dq, scale);
     }
-    store_rows(op.dk, b, kv, f.Nk, Dh, own.dk, scale);
-    store_rows(op.dv, b, kv, f.Nk, Dh, own.dv, 1);
+    for (int64_t n = begin; n < stop; ++n)
+        for (int64_t d = 0; d < Dh; d += 16) {
+            store_bf16(op.dk.row(b, kv, n) + d, _mm512_load_ps(own.dk + n * Dh + d), scale_of(f));
+            store_bf16(op.dv.row(b, kv, n) + d, _mm512_load_ps(own.dv + n * Dh + d), 1);
+        }
+}
+
+void backward_queries(const AttentionGradient &op, int64_t b, int64_t kv, int64_t parts, const float *dq) {
+    const AttentionTrain &f = op.forward;
+    const int64_t group = f.H / f.KV, part_size = backward_part_size(f);
+    for (int64_t h = kv * group; h < (kv + 1) * group; ++h, dq += parts * part_size)
+        for (int64_t n = 0; n < round_up(f.Nq, LANES); n += 16) {
+            const int64_t next = n / WIDE * WIDE + WIDE, seen = f.visible((next < f.Nq ? next : f.Nq) - 1);
+            for (int64_t d = 0; d < f.Dh; d += 16) {
+                __m512i tile[16];
+                for (int64_t j = 0; j < 16; ++j) {
+                    const float *first = dq + (n / WIDE * f.Dh + d + j) * WIDE + n % WIDE;
+                    __m512 sum = _mm512_load_ps(first);
+                    for (int64_t part = 1; part * PART_KEYS < seen; ++part)
+                        sum = _mm512_add_ps(sum, _mm512_load_ps(first + part * part_size));
+                    tile[j] = _mm512_castps_si512(sum);
+                }
+                transpose16(tile);
+                for (int64_t j = 0; j < 16; ++j)
+                    if (place(n + j) < f.Nq)
+                        store_bf16(op.dq.row(b, h, place(n + j)) + d, _mm512_castsi512_ps(tile[j]), scale_of(f));
+            }
+        }
 }
 
 } // namespace dar

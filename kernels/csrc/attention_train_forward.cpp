@@ -1,6 +1,6 @@
 // Forward, queries in rows: scores of 4 queries over 64 keys stay in registers until they are weights in bf16.
-// A row's weights are relative to the largest of its first scores, and only where a later one is more than 2^64 as
-// large is that changed: bf16 and fp32 are as exact at any size, and no maximum is awaited between the products.
+// A row's weights are relative to that of its first key, and only where one is more than 2^64 as large is that changed:
+// bf16 and fp32 are as exact at any size, and no maximum is awaited between the products.
 #include "attention_tiles.h"
 #include "attention_train.h"
 
@@ -39,8 +39,10 @@ struct Scratch {
 struct Tile {
     float *output, *sums, *top;
     uint32_t *weights;   // of these keys
-    int64_t Dh, earlier; // words of weights before these that are not in the output yet
+    int64_t Dh, written; // channels, and those of them that have an output so far
+    int64_t earlier;     // words of weights before these that are not in the output yet
     float factor;        // of a score, to powers of two
+    bool fresh;          // these keys are the first: there are no sums yet, and no top
     int64_t seen[ROWS];  // how many of these keys each query sees
 };
 
@@ -48,13 +50,13 @@ struct Tile {
 void rescale_row(const Tile &tile, int r, float now) {
     const float before = tile.top[r];
     tile.top[r] = now;
-    if (before == -__builtin_inff())
+    if (tile.fresh)
         return;
     const __m512 factor = exp2_approx(_mm512_set1_ps((before - now) * tile.factor));
     float *sum = tile.sums + r * 32, *output = tile.output + r * tile.Dh;
     for (int64_t i = 0; i < 32; i += 16)
         _mm512_store_ps(sum + i, _mm512_mul_ps(_mm512_load_ps(sum + i), factor));
-    for (int64_t d = 0; d < tile.Dh; d += 16)
+    for (int64_t d = 0; d < tile.written; d += 16)
         _mm512_store_ps(output + d, _mm512_mul_ps(_mm512_load_ps(output + d), factor));
     uint32_t *words = tile.weights + r * (KEYS / 2) - tile.earlier;
     for (int64_t i = 0; i < tile.earlier; i += 16) {
@@ -74,6 +76,9 @@ template <int V, bool MASKED> inline void weigh_scores(const Tile &tile, __m512 
                 inside[r][v] = first_lanes(tile.seen[r] - 16 * v);
                 score[r][v] = _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), inside[r][v], score[r][v]);
             }
+    if (tile.fresh)
+        for (int r = 0; r < ROWS; ++r)
+            tile.top[r] = _mm512_cvtss_f32(score[r][0]); // every query sees the first key
     __m512 high[ROWS];
     __mmask16 beyond = 0;
 #pragma GCC unroll 4
@@ -95,7 +100,7 @@ template <int V, bool MASKED> inline void weigh_scores(const Tile &tile, __m512 
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
         const __m512 shift = _mm512_set1_ps(tile.top[r] * tile.factor);
-        __m512 weight[4], total = _mm512_load_ps(tile.sums + r * 32);
+        __m512 weight[4], total = tile.fresh ? _mm512_setzero_ps() : _mm512_load_ps(tile.sums + r * 32);
         for (int v = 0; v < 4; ++v)
             weight[v] = _mm512_setzero_ps();
 #pragma GCC unroll 4
@@ -107,7 +112,7 @@ template <int V, bool MASKED> inline void weigh_scores(const Tile &tile, __m512 
         }
         _mm512_store_ps(tile.sums + r * 32, total);
         uint32_t *words = tile.weights + r * (KEYS / 2);
-        __m512 coarse = _mm512_load_ps(tile.sums + r * 32 + 16);
+        __m512 coarse = tile.fresh ? _mm512_setzero_ps() : _mm512_load_ps(tile.sums + r * 32 + 16);
 #pragma GCC unroll 2
         for (int v = 0; v < V; v += 2) {
             const __m512bh pair = _mm512_cvtne2ps_pbh(weight[v + 1], weight[v]);
@@ -129,13 +134,6 @@ template <int V> void score_tile(const Tile &tile, const uint32_t *queries, cons
         weigh_scores<V, true>(tile, score);
 }
 
-// How many keys query i sees.
-int64_t visible(const AttentionTrain &op, int64_t i) {
-    const int64_t own = op.Nk - op.Nq + i + 1;
-    const int64_t most = own > op.prefix ? own : op.prefix;
-    return most < op.Nk ? most : op.Nk;
-}
-
 } // namespace
 
 int64_t forward_scratch(const AttentionTrain &op) {
@@ -155,20 +153,23 @@ void forward_block(const AttentionTrain &op, int64_t b, int64_t h, int64_t first
     const int64_t tiles = (count + ROWS - 1) / ROWS, rows = tiles * ROWS;
     const float scale = 1 / __builtin_sqrtf(static_cast<float>(Dh));
     pack_plain({op.q.row(b, h, first), op.q.row_stride, count, Dh}, rows, own.queries);
-    __builtin_memset(own.output, 0, rows * Dh * sizeof(float));
-    __builtin_memset(own.sums, 0, rows * 32 * sizeof(float));
-    for (int64_t i = 0; i < QUERIES; ++i)
-        own.top[i] = -__builtin_inff();
-    const int64_t last = visible(op, first + count - 1);
+    const int64_t last = op.visible(first + count - 1);
     for (int64_t start = 0; start < last; start += KEYS) {
         for (int64_t k = start; k < start + KEYS && k < last; k += LANES)
             for (int64_t t = 0; t < tiles; ++t) {
                 const int64_t i = t * ROWS;
-                Tile tile{own.output + i * Dh, own.sums + i * 32, own.top + i, nullptr, Dh, (k - start) / 2, 0, {}};
+                Tile tile{};
+                tile.output = own.output + i * Dh;
+                tile.sums = own.sums + i * 32;
+                tile.top = own.top + i;
+                tile.Dh = Dh;
+                tile.written = start == 0 ? 0 : Dh;
+                tile.earlier = (k - start) / 2;
                 tile.weights = own.weights + i * (KEYS / 2) + tile.earlier;
                 tile.factor = scale * LOG2E;
+                tile.fresh = k == 0;
                 for (int r = 0; r < ROWS; ++r) {
-                    const int64_t sees = visible(op, first + i + r);
+                    const int64_t sees = op.visible(first + i + r);
                     tile.seen[r] = (sees < last ? sees : last) - k;
                 }
                 const int64_t most = tile.seen[ROWS - 1];
@@ -183,13 +184,22 @@ void forward_block(const AttentionTrain &op, int64_t b, int64_t h, int64_t first
                     score_tile<1>(tile, queries, keys);
             }
         for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t i = t * ROWS, sees = visible(op, first + i + ROWS - 1);
+            const int64_t i = t * ROWS, sees = op.visible(first + i + ROWS - 1);
             int64_t left = (sees < last ? sees : last) - start;
             if (left <= 0)
                 continue;
             left = left < KEYS ? (left + 15) / 16 * 16 : KEYS;
-            const uint32_t *values = own.values + start / 2 * Dh;
-            add_row_products(own.weights + i * (KEYS / 2), KEYS / 2, values, Dh, left / 2, own.output + i * Dh, Dh, Dh);
+            const Product product{
+                own.weights + i * (KEYS / 2),
+                KEYS / 2,
+                own.values + start / 2 * Dh,
+                Dh,
+                left / 2,
+                own.output + i * Dh,
+                Dh,
+                start == 0
+            };
+            add_products(product, Dh);
         }
     }
     alignas(64) float sum[QUERIES] = {};
