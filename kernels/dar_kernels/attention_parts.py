@@ -68,12 +68,13 @@ def by_parts(kernel: Kernel) -> Run:
     """The function of a prefix made of one that takes a kernel's two kinds."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, prefix: int | None) -> Tensor:
+        calls = parts(q.shape[2], k.shape[2], prefix)
+        if len(calls) == 1:
+            return kernel(q, k, v, calls[0].causal)
         pieces = [
             kernel(q[:, :, p.start : p.stop], k[:, :, : p.keys], v[:, :, : p.keys], p.causal)
-            for p in parts(q.shape[2], k.shape[2], prefix)
+            for p in calls
         ]
-        if len(pieces) == 1:
-            return pieces[0]
         return torch.cat([y.transpose(1, 2) for y in pieces], 1).transpose(1, 2)  # as kernels write
 
     return run
