@@ -17,15 +17,17 @@ import torch
 from dar_train.checkpoints import find_intact, read_record, read_weights
 from dar_train.recipes import TokenizerRecipe
 
+pytestmark = pytest.mark.slow
 RUNS, KILLS = 3, 10  # of each run; every third one while saving
-STEPS, SAVE_STEPS = 90, 3
+STEPS, SAVE_STEPS = 75, 3
 CLOCK = ("time", "images_per_s", "minutes")  # what a metrics line says of the machine
 PATIENCE = 120  # seconds
+WARM = ["dar_train.tokenizer_loop", "torch._dynamo", "torch.utils.tensorboard"]  # imported once
 
 
 def start(*arguments: object) -> BaseProcess:
     context = get_context("forkserver")  # imports once, has one thread, forks
-    context.set_forkserver_preload(["dar_train.tokenizer_loop", "torch.utils.tensorboard"])
+    context.set_forkserver_preload(WARM)
     child = context.Process(target=kill_runs.train, args=arguments)
     child.start()
     return child
