@@ -255,11 +255,13 @@ def test_the_command_line_reports_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert emoji.command(["--out", str(tmp_path), "--size", "3"]) == 2
-    assert capsys.readouterr().err == "error: size: expected 8..256, got 3\n"
+    assert capsys.readouterr().err == (
+        "python -m dar_train.emoji: error: size: expected 8..256, got 3\n"
+    )
 
     def missing(*args: object) -> Path:
         raise DataError("npm not found")
 
     monkeypatch.setattr(emoji, "build", missing)
     assert emoji.command(["--out", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == "error: npm not found\n"
+    assert capsys.readouterr().err.endswith(": error: npm not found\n")

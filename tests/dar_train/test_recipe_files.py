@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dar_fast.problems import ProblemsError
+from dar_kernels.attention import OP
 from dar_train.recipes import (
     CLASSIFIER_RECIPES,
     PRIOR_RECIPES,
@@ -253,6 +254,16 @@ def test_one_shape_of_micro_batches_under_compile(tokenizer_recipe) -> None:
     validate(tokenizer_recipe(batch=4, micro_batch=4, compile=True), world=2)
     (line,) = _problems(tokenizer_recipe(batch=20, micro_batch=4, compile=True), world=2)
     assert line.startswith("micro_batch: expected a divisor of the 10 samples of a rank")
+
+
+def test_back_ends_of_attention(tokenizer_recipe) -> None:
+    validate(tokenizer_recipe(attention=OP.implementations[-1].name))
+    (line,) = _problems(tokenizer_recipe(attention="flash_attn5"))
+    assert line.startswith("attention: expected one of ")
+    assert "got 'flash_attn5'; did you mean 'flash" in line
+    absent = next(i for i in OP.implementations if i.missing() is not None)
+    (line,) = _problems(tokenizer_recipe(attention=absent.name))
+    assert line.startswith(f"attention: expected a back end that is here, got '{absent.name}': ")
 
 
 def test_data(tokenizer_recipe, prior_recipe, tmp_path) -> None:

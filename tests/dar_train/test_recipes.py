@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dar_fast.config import PRIORS, TOKENIZERS
+from dar_fast.problems import ProblemsError
 from dar_train.recipes import (
     PRIOR_L,
     PRIOR_RECIPES,
@@ -16,7 +17,9 @@ from dar_train.recipes import (
     ClassifierRecipe,
     PriorRecipe,
     TokenizerRecipe,
+    validate,
 )
+from dar_train.recipes.memory import estimate
 
 
 def test_published_tokenizer() -> None:
@@ -36,6 +39,56 @@ def test_published_prior() -> None:
     assert r.lr * r.final_lr == pytest.approx(1e-5)
     assert r.config() == PRIORS["L"]
     assert PRIOR_XL.config() == PRIORS["XL"]
+
+
+@pytest.mark.parametrize("name", [name for name in PRIOR_RECIPES if name != "demo"])
+def test_every_published_prior_is_trained_alike(name) -> None:
+    r = PRIOR_RECIPES[name]
+    assert r.config() == PRIORS[name]
+    alike = dataclasses.replace(
+        r, preset="L", model="L", micro_batch=PRIOR_L.micro_batch, parallel=PRIOR_L.parallel
+    )
+    assert alike == PRIOR_L
+    assert (r.ten_crop, r.optimizer, r.warmup, r.ema) == (True, "adamw", 0, 0.0)
+
+
+def test_every_model_has_a_preset() -> None:
+    assert PRIOR_RECIPES.keys() == PRIORS.keys()
+    assert TOKENIZER_RECIPES.keys() - {"v1-4096"} == TOKENIZERS.keys()
+
+
+def test_fewer_codes_are_a_fine_tuning() -> None:
+    r = TOKENIZER_RECIPES["v1-4096"]
+    assert r.config() == dataclasses.replace(TOKENIZERS["v1"], codebook_size=4096)
+    assert r.init is not None
+    assert r.codebook_from_data
+    assert r.continuous_steps == 0
+    assert r.steps < TOKENIZER_V1.steps
+
+
+PUBLISHED = [r for rs in (TOKENIZER_RECIPES, PRIOR_RECIPES) for r in rs.values() if r.steps]
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda r: r.preset)
+def test_published_recipes_fit_eight_gpus_of_80_gb(recipe) -> None:
+    needs = estimate(recipe, world=8)
+    assert needs.total < 64e9  # a fifth left for logits, teachers and the allocator
+    whole = estimate(dataclasses.replace(recipe, parallel="ddp"), world=8)
+    assert (recipe.parallel == "fsdp") == (whole.states > 50e9)
+
+
+def test_estimates_count_the_parameters() -> None:
+    assert estimate(PRIOR_L).parameters == pytest.approx(343e6, rel=0.01)
+    assert estimate(TOKENIZER_V1).parameters == pytest.approx(307e6, rel=0.03)
+    half = dataclasses.replace(PRIOR_L, micro_batch=PRIOR_L.micro_batch // 2)
+    assert estimate(half).activations == estimate(PRIOR_L).activations / 2
+    averaged = dataclasses.replace(PRIOR_L, ema=0.9)
+    assert estimate(averaged).states - estimate(PRIOR_L).states == 4 * estimate(half).parameters
+
+
+def test_a_published_recipe_names_its_weights() -> None:
+    with pytest.raises(ProblemsError, match="lpips_weights: expected a weights file"):
+        validate(TOKENIZER_V1, 8)
 
 
 @pytest.mark.parametrize("recipes", [TOKENIZER_RECIPES, PRIOR_RECIPES])

@@ -50,13 +50,13 @@ def _prior(preset: str, micro_batch: int, **changes: Any) -> PriorRecipe:
 
 
 PRIOR_B = _prior("B", 256)
-PRIOR_L = _prior("L", 128)
-PRIOR_XL = _prior("XL", 64)
+PRIOR_L = _prior("L", 64)
+PRIOR_XL = _prior("XL", 32)
 PRIOR_XXL = _prior("XXL", 16)
 PRIOR_XXXL = _prior("XXXL", 16, parallel="fsdp")
 PRIOR_1B = _prior("1B", 32)
 PRIOR_3B = _prior("3B", 32, parallel="fsdp")
-PRIOR_7B = _prior("7B", 16, parallel="fsdp", recompute="selective")
+PRIOR_7B = _prior("7B", 16, parallel="fsdp")
 PRIOR_DEMO = PriorRecipe(
     preset="demo", model="demo", minutes=40.0, batch=64, optimizer="muon", lr=1e-3,
     weight_decay=0.05, warmup=50, schedule="wsd", decay_fraction=0.3, ema=0.998, flip=True,

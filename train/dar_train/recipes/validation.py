@@ -11,7 +11,9 @@ import torch
 
 from dar_fast.config import TokenizerConfig
 from dar_fast.problems import ProblemsError
+from dar_kernels.attention import OP as ATTENTION
 from dar_train.recipes.base import Recipe
+from dar_train.recipes.checks import of_known
 from dar_train.recipes.prior import PriorRecipe
 from dar_train.recipes.tokenizer import TokenizerRecipe
 
@@ -83,8 +85,18 @@ def _scale(recipe: Recipe, world: int) -> Iterator[str]:
         yield f"device: expected an available device, got {recipe.device!r} without a GPU"
     elif recipe.float8 and (recipe.device == "cpu" or not cuda):
         yield "float8: expected false on a CPU, got true"
+    if recipe.attention is not None:
+        yield from _attention(recipe.attention)
     if recipe.parallel == "fsdp" and recipe.optimizer == "muon" and world > 1:
         yield "optimizer: expected 'adamw' with parallel 'fsdp', got 'muon', for whole matrices"
+
+
+def _attention(name: str) -> Iterator[str]:
+    found = next((i for i in ATTENTION.implementations if i.answers(name)), None)
+    if found is None:
+        yield of_known("attention", name, [i.name for i in ATTENTION.implementations])
+    elif (reason := found.missing()) is not None:
+        yield f"attention: expected a back end that is here, got {name!r}: {reason}"
 
 
 def _weights(recipe: Recipe) -> Iterator[str]:
