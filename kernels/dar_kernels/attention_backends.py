@@ -157,11 +157,21 @@ def _sdpa_any(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         return _sdpa(q, k, v, is_causal=causal)
     if q.device.type == "cpu":
         return _masked(q, k, v)
-    for name, kernel in (("sdpa-flash", _sdpa_flash), ("sdpa-efficient", _sdpa_efficient)):
-        call = (width_of(q), is_grouped(q, k), "corner")
-        if _BY_NAME[name].why_not(q.device.type, q.dtype, named=True, call=call) is None:
-            return kernel(q, k, v, True)
-    return _sdpa_square(q, k, v, True)
+    kernels = {"sdpa-flash": _sdpa_flash, "sdpa-efficient": _sdpa_efficient, "": _sdpa_square}
+    return kernels[_corner(q.device.type, q.dtype, width_of(q), is_grouped(q, k))](q, k, v, True)
+
+
+def _corner(device: str, dtype: torch.dtype, head_dim: int, grouped: bool) -> str:
+    """Whose kernel takes a corner; empty: nobody's. A constant where torch.compile traces."""
+    for name in ("sdpa-flash", "sdpa-efficient"):
+        call = Call(head_dim, grouped, "corner")
+        if _BY_NAME[name].why_not(device, dtype, named=True, call=call) is None:
+            return name
+    return ""
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler for it.
+_corner._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, prefix: int | None) -> Tensor:

@@ -268,3 +268,18 @@ def test_the_kernel_of_a_corner_on_cuda(dtype, head_dim, kernel, monkeypatch):
     k = SimpleNamespace(shape=(1, 2, 9, head_dim))
     backends._sdpa_any(q, k, k, True)
     assert ran == [kernel]
+
+
+def test_torch_kernels_are_chosen_in_one_graph():
+    """The context that picks a kernel, and the one of a corner, break no graph."""
+    torch.compiler.reset()
+    q, k, v = leaves(9, 9, (2, 2), torch.float32)
+
+    def run(q, k, v):
+        corner = backends._corner("cuda", q.dtype, q.shape[-1], False)
+        return backends._sdpa_flash(q, k, v, True), corner
+
+    y, corner = torch.compile(run, fullgraph=True, backend="aot_eager")(q, k, v)
+    torch.testing.assert_close(y, attention_ref(q, k, v, 0))
+    on_a_gpu = torch.cuda.is_available()
+    assert corner == ("sdpa-efficient" if on_a_gpu else "")

@@ -5,7 +5,7 @@ import torch
 
 import dar_kernels
 from dar_kernels import UnavailableError, native
-from dar_kernels.dispatch import Implementation, Op, report
+from dar_kernels.dispatch import Implementation, Op, report, require
 
 FP32, FP64 = torch.float32, torch.float64
 
@@ -51,6 +51,61 @@ def test_named_one_that_cannot_run_raises(device, dtype, name, reason):
 def test_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match="expected implementation one of triton, native, torch"):
         OP.choose("cpu", FP32, "cudnn")
+
+
+LIBRARY = Op(
+    name="triple",
+    implementations=(
+        Implementation(
+            name="young", run=lambda x: x, devices=("cuda",), capability=(9, 0), by_default=False,
+        ),
+        Implementation(
+            name="small", run=lambda x: x, limits=lambda call: None if call < 4 else "takes 3 only",
+        ),
+        Implementation(name="plain", run=lambda x: x, also=("torch",)),
+    ),
+)  # fmt: skip
+
+
+def test_what_is_not_there_by_default_waits_for_its_name(monkeypatch):
+    monkeypatch.setattr("dar_kernels.dispatch.capability", lambda: (9, 0))
+    assert LIBRARY.pick("cuda", FP32) == "small"
+    assert LIBRARY.pick("cuda", FP32, "young") == "young"
+    assert LIBRARY.explain("cuda", FP32).others["young"] == "runs only where it is named"
+
+
+def test_an_older_gpu_is_a_reason(monkeypatch):
+    monkeypatch.setattr("dar_kernels.dispatch.capability", lambda: (8, 6))
+    reason = r"young: needs compute capability 9\.0, this device has 8\.6"
+    with pytest.raises(UnavailableError, match=reason):
+        LIBRARY.pick("cuda", FP32, "young")
+    with pytest.raises(UnavailableError, match=reason), require(LIBRARY, "young"):
+        pass
+
+
+def test_limits_are_of_the_call():
+    assert LIBRARY.pick("cpu", FP32, call=3) == "small"
+    assert LIBRARY.pick("cpu", FP32, call=4) == "plain"
+    with pytest.raises(UnavailableError, match="small: takes 3 only"):
+        LIBRARY.pick("cpu", FP32, "small", call=4)
+
+
+def test_an_order_holds_for_one_op_and_ends():
+    with require(LIBRARY, "torch"):
+        assert LIBRARY.required == "plain" and LIBRARY.pick("cpu", FP32) == "plain"
+        assert OP.pick("cpu", FP32) == "native" and OP.required is None
+        with require(LIBRARY, "small"):
+            assert LIBRARY.pick("cpu", FP32) == "small"
+            with pytest.raises(UnavailableError, match=r"triple on cpu .* small: takes 3 only"):
+                LIBRARY.pick("cpu", FP32, call=4)
+        assert LIBRARY.required == "plain"
+    assert LIBRARY.required is None and LIBRARY.pick("cpu", FP32) == "small"
+    with pytest.raises(UnavailableError, match="double: triton: pip install triton"):
+        with require(OP, "triton"):
+            pass
+    with pytest.raises(ValueError, match="triple: expected implementation one of young, small"):
+        with require(LIBRARY, "old"):
+            pass
 
 
 def test_none_can_run():
