@@ -207,14 +207,14 @@ class TokenizerTask:
 
     def state_dict(self) -> dict[str, Any]:
         """Of all ranks together, the same on each; every rank calls it."""
-        state: dict[str, Any] = {RECENT: self.parallel.sum(self.use.recent)}
+        state: dict[str, Any] = {RECENT: self.parallel.sum(self.use.recent).clone()}
         if self.rollout is None or self._saved_flight:
             return state | self._saved_flight
         mine = self.rollout.tensors(self._positions, self.recipe.batch)
         return state | {name: self.parallel.sum(tensor) for name, tensor in mine.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        recent = state[RECENT]
+        recent = state.get(RECENT, torch.zeros_like(self.use.recent))  # older states have none
         if recent.shape != self.use.recent.shape:
             raise ValueError(
                 f"checkpoint: expected {len(self.use.recent)} codes, got {list(recent.shape)}"
@@ -222,7 +222,8 @@ class TokenizerTask:
         recent = recent if self.parallel.ranks.first else torch.zeros_like(recent)
         self.use.recent.copy_(recent)
         flight = {name: t for name, t in state.items() if name.startswith("rollout.")}
-        if all(tensor.shape[1] == self.recipe.batch for tensor in flight.values()):
+        steps = flight.get("rollout.step", torch.empty(0))  # [S - 1, batch] int64
+        if steps.shape == (self.config.num_steps - 1, self.recipe.batch):
             self._saved_flight = flight  # else another batch: the flight starts anew
 
 
