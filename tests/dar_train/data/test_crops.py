@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dar_train.data import UnreadableError, centre_crop, cut, random_crop, ten_crop
+from dar_train.data import UnreadableError, centre_crop, cut, cut_all, random_crop, ten_crop
 from dar_train.data.crops import Square, resized
 from dar_train.data.source import opened
 
@@ -121,6 +121,16 @@ def test_reduced_decoding_of_a_jpeg_changes_little(size, number) -> None:
     off = float((got.float() - expected.float()).abs().mean())
     off_by_one = float((got.float() - expected.float().roll(1, -1)).abs().mean())
     assert off < 0.25 * off_by_one
+
+
+def test_several_cuts_of_one_decoded_jpeg() -> None:
+    content = encoded(3, "JPEG", 130, 141)
+    choices = [lambda w, h: centre_crop(w, h, 60), lambda w, h: ten_crop(w, h, 60, 7)]
+    both = cut_all(opened(content), 60, choices)
+    for got, choose in zip(both, choices, strict=True):
+        # 130 pixels are two of the centre crop's, but less than two of the ten crop's
+        expected = whole_first(opened(content), 60, choose(130, 141))
+        assert (got.int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])

@@ -151,7 +151,7 @@ def test_hub_parquet(dataset, tmp_path, monkeypatch) -> None:
 
 def test_hub_without_pictures(dataset, tmp_path) -> None:
     dataset.remove_columns("image").save_to_disk(str(tmp_path))
-    with pytest.raises(ValueError, match="expected a column of pictures and one of label.*got la"):
+    with pytest.raises(ValueError, match=r"expected a column of pictures and one of label.*got la"):
         open_pictures(Path(f"hf:{tmp_path}"), 8)
 
 

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,3 +92,32 @@ def test_labels_and_damage_come_out_of_workers_as_they_are(place, monkeypatch) -
         batches.next()
     assert len(batches.skipped()) == 18
     batches.close()
+
+
+LEAVES = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from data_helpers import Settings, ranks
+from dar_train.data import loading, picture_batches
+loading.RESIDENT_BYTES = 0
+if __name__ == "__main__":
+    recipe = Settings(Path(sys.argv[1]), workers=1)
+    kept = picture_batches(recipe, 12, ranks(), crop=True, flip=True)
+    kept.next()
+    sys.exit(f"workers {kept._feed._pieces._workers[0].pid}")  # without closing anything
+"""
+
+
+@pytest.mark.slow  # as long as GRACE
+def test_a_process_that_leaves_without_closing_ends_and_so_do_its_workers(place) -> None:
+    script = place / "leaves.py"
+    script.write_text(LEAVES)
+    command = [sys.executable, script, place, Path(__file__).parent]
+    left = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert left.returncode == 1, left.stderr
+    worker = int(left.stderr.split("workers ")[1])
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{worker}").exists()

@@ -1,7 +1,7 @@
 """Pictures for training: sources by number, crops, an order without state, batches that resume."""
 
 from dar_train.data.augmentation import Augmentation, augment, augment_drawn, random_flip
-from dar_train.data.crops import CROPS, Square, centre_crop, cut, random_crop, ten_crop
+from dar_train.data.crops import CROPS, Square, centre_crop, cut, cut_all, random_crop, ten_crop
 from dar_train.data.loading import PictureBatch, PictureBatches, picture_batches
 from dar_train.data.memory import Pictures, load_pictures
 from dar_train.data.order import Order, derived_seed, uniforms
@@ -29,6 +29,7 @@ __all__ = [
     "centre_crop",
     "chunks",
     "cut",
+    "cut_all",
     "derived_seed",
     "held_out_pictures",
     "load_pictures",

@@ -82,34 +82,49 @@ def cut(picture: Image.Image | NDArray[np.uint8], size: int, choose: Choice) -> 
     Raises:
         UnreadableError: where the picture turns out to be damaged.
     """
+    return cut_all(picture, size, [choose])[0]
+
+
+def cut_all(
+    picture: Image.Image | NDArray[np.uint8], size: int, choices: Sequence[Choice]
+) -> list[Tensor]:
+    """Several squares of a picture that is decoded once; a picture can be cut up but once.
+
+    Raises:
+        UnreadableError: where the picture turns out to be damaged.
+    """
     if not isinstance(picture, Image.Image):
         picture = Image.fromarray(picture)
-    square = choose(*picture.size)
+    width, height = picture.size
+    squares = [choose(width, height) for choose in choices]
     try:
-        pixels = _pixels(picture, size, square)
+        # None for what is no JPEG; else its size once decoded, with fractions
+        drafted = picture.draft(None, resized(width, height, max(s.side for s in squares)))
+        flat = _flat(picture)
+        shown = (width, height) if drafted is None else drafted[1][2:]
+        return [torch.from_numpy(_pixels(flat, shown, (width, height), size, s)) for s in squares]
     except BROKEN as error:
         raise unreadable(error) from error
-    return torch.from_numpy(pixels)
 
 
-def _pixels(picture: Image.Image, size: int, square: Square) -> NDArray[np.uint8]:
-    width, height = picture.size
-    wide, high = resized(width, height, square.side)
-    across, down = width / wide, height / high  # pixels of the file a pixel of the crop
-    drafted = picture.draft(None, (wide, high))  # None for what is no JPEG
-    if drafted is not None:
-        across *= drafted[1][2] / width
-        down *= drafted[1][3] / height
-    flat = _flat(picture)
-    if flat.size == (size, size) and square == Square(size, 0, 0, square.flip):
+def _pixels(
+    flat: Image.Image,
+    shown: tuple[float, float],
+    whole: tuple[int, int],
+    size: int,
+    square: Square,
+) -> NDArray[np.uint8]:
+    """`square` of a picture of `whole` pixels that was decoded to `shown` pixels, [3, R, R]."""
+    wide, high = resized(*whole, square.side)
+    if flat.size == (wide, high) == (size, size):
         pixels = np.asarray(flat)
     else:
-        right, bottom = square.left + size, square.top + size
+        across, down = shown[0] / wide, shown[1] / high  # pixels decoded a pixel of the crop
         box = (
             square.left * across,
             square.top * down,
-            min(right * across, flat.width),
-            min(bottom * down, flat.height),
+            min((square.left + size) * across, flat.width),
+            min((square.top + size) * down, flat.height),
         )
         pixels = np.asarray(flat.resize((size, size), Image.Resampling.BICUBIC, box=box))
     if square.flip:

@@ -18,6 +18,7 @@ from dar_train.data.source import UnreadableError
 
 PIECE = 32  # pictures that a worker hands over at once
 AHEAD = 4  # pieces that every worker keeps ready
+GRACE = 10  # seconds that a worker goes on after SIGTERM, for a run that stops cleanly
 
 
 class Feed(Protocol):
@@ -186,9 +187,12 @@ def _as_it_is(piece: Any) -> Any:
 
 
 def prepare_worker(worker: int) -> None:
-    """A signal to the whole group ends the run, which saves and then ends the workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Signals to the whole group are the run's own matter, which saves and then ends the workers.
+
+    SIGTERM alone still ends one in the end: so does a process that exits without closing them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
 
 
 def ends(pieces: Any) -> str:
