@@ -135,6 +135,11 @@ def prior_loop(recipe: PriorRecipe, ranks: Ranks) -> Loop[CodeBatch]:
         recipe.model, sum(p.numel() for p in model.parameters()) / 1e6,
         len(store.train), len(store.spec.views), ranks.device,
     )  # fmt: skip
+    if store.manifest.skipped:
+        logger.warning(
+            "%d pictures could not be read when the codes were made; %s lists them",
+            len(store.manifest.skipped), store.folder / "manifest.json",
+        )  # fmt: skip
     if ranks.first:
         with atomic_write(recipe.out / "labels.json") as temporary:
             temporary.write_text(json.dumps(store.spec.label_names) + "\n")

@@ -147,6 +147,25 @@ def test_damaged_chunks_are_written_again(tmp_path, whole) -> None:
     assert contents(tmp_path) == whole
 
 
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda f: os.truncate(f / "codes.npy", 300), "codes.npy, got ValueError: .*remove"),
+        (lambda f: (f / "labels.npy").unlink(), "labels.npy, got FileNotFoundError: .*remove"),
+        (
+            lambda f: np.save(f / "labels.npy", np.zeros(45)),
+            r"int32 \[45\] in .*labels.npy, got float64 \[45\]; remove",
+        ),
+    ],
+)
+def test_files_that_cannot_be_written_on_are_refused(tmp_path, damage, match) -> None:
+    with pytest.raises(Stopped):
+        write(tmp_path, report=stop_after(2))
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=f"tokens: expected .*{match} the folder and run"):
+        write(tmp_path)
+
+
 def test_a_torn_line_is_no_progress(tmp_path, whole) -> None:
     with pytest.raises(Stopped):
         write(tmp_path, report=stop_after(3))

@@ -64,8 +64,13 @@ class CodeBatches:
         self._table_labels: Tensor | None = None
         if self._cuda and store.codes.nbytes <= RESIDENT_BYTES:
             self.make_resident()
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="codes")
+        self._reader = ThreadPoolExecutor(1, "codes", self._use_device)
         self._ahead: Future[tuple[Tensor, ...]] | None = None
+
+    def _use_device(self) -> None:
+        """Pin memory for this rank's device: a thread of its own would take the first one."""
+        if self._cuda:
+            torch.cuda.set_device(self.ranks.device)
 
     def make_resident(self) -> None:
         """Keep all codes on the device: 2·views·M·N bytes. For the time before the first batch."""

@@ -77,9 +77,9 @@ class Writer:
                 "to encode anew"
             )
         self.complete = found.complete
-        self._done = {} if found.complete else self._intact()
         self._codes = _array(folder / CODES, np.dtype(np.uint16), spec.shape)
         self._labels = _array(folder / LABELS, np.dtype(np.int32), (spec.pictures,))
+        self._done = {} if found.complete else self._intact()
 
     def _create(self, held_out: NDArray[np.bool_]) -> None:
         """Files of the whole size, so that a full disk is known at once; then the manifest."""
@@ -228,11 +228,14 @@ def _array(file: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> _Array:
     try:
         mapped = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, FileNotFoundError) as error:
-        raise ValueError(f"tokens: expected a .npy file in {file}, got {error}") from error
+        raise ValueError(
+            f"tokens: expected what dar tokenize wrote in {file}, got {type(error).__name__}: "
+            f"{error}; remove the folder and run dar tokenize again"
+        ) from error
     if not isinstance(mapped, np.memmap) or mapped.dtype != dtype or mapped.shape != shape:
         raise ValueError(
             f"tokens: expected {dtype} {list(shape)} in {file}, got {mapped.dtype} "
-            f"{list(mapped.shape)}"
+            f"{list(mapped.shape)}; remove the folder and run dar tokenize again"
         )
     return _Array(file, int(mapped.offset), shape, dtype.itemsize)
 
