@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from dar_fast.device import pick_device
 
+SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 AUTO = "auto"  # the device that a recipe leaves open
 TIMEOUT_MINUTES = 30.0  # longer than the first rank's evaluation, which the others wait for
 
@@ -71,7 +72,7 @@ def join(device: str = AUTO, timeout_minutes: float = TIMEOUT_MINUTES) -> Ranks:
     `timeout_minutes`, here and in each later message.
 
     Raises:
-        ValueError: where the device, the environment or the timeout is none.
+        ValueError: where the device, the environment or the timeout does not fit.
         RanksError: where the others do not come.
     """
     if not timeout_minutes > 0:
@@ -88,6 +89,15 @@ def join(device: str = AUTO, timeout_minutes: float = TIMEOUT_MINUTES) -> Ranks:
                 f"ranks have met, got {ranks.rank} and {ranks.world}"
             )
         return ranks
+    if (
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    ):
+        # seen with PyTorch 2.13: ranks of a second life read the first one's addresses there
+        raise ValueError(
+            f"torchrun: expected {SHARED_STORE}=1 in its environment with --max-restarts, else "
+            "ranks that start again look for the dead ones"
+        )
     gpu = ranks.device.type == "cuda"
     try:
         dist.init_process_group(

@@ -238,7 +238,7 @@ class Loop(Generic[BatchT]):
         stable = self.done >= 1 - recipe.decay_fraction  # nothing to mark when resumed in the decay
         began = time.monotonic()
         meter, readings, notes = Meter(), list[Reading](), dict[str, float]()
-        logged, logged_samples = start, self.samples
+        logged, logged_samples = began, self.samples
         while self.done < 1.0 and self.now.stop is None and self.now.seconds < end:
             meter.add(self.step())
             notes |= self.task.after_step(*self._last, self)
@@ -247,11 +247,12 @@ class Loop(Generic[BatchT]):
             report.progress(self.done, f"step {self.now.step} {self.task.title}")
             self._write(report, readings)
             if log.due(self.now):
-                rate = (self.samples - logged_samples) / (self.now.seconds - logged.seconds)
+                passed = time.monotonic() - logged  # the ranks' common clock moves in leaps
+                rate = (self.samples - logged_samples) / passed
                 timing = {"images_per_s": rate, "minutes": self.now.seconds / 60}
                 readings.append(self._reading(meter, notes | self.task.notes() | timing))
                 self._write(report, readings)
-                logged, logged_samples, notes = self.now, self.samples, {}
+                logged, logged_samples, notes = time.monotonic(), self.samples, {}
             if not stable and self.done >= 1 - recipe.decay_fraction:
                 stable = True
                 if recipe.schedule in ("linear", "wsd"):

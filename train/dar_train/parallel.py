@@ -9,8 +9,9 @@ Source: arXiv 2304.11277; PyTorch's fully_shard.
 import copy
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -55,9 +56,9 @@ class Parallel:
     def gathered(self, module: nn.Module) -> nn.Module | None:
         """The model, or an average of it, with whole weights and for evaluation, on the first rank.
 
-        Where nothing is sharded it is `module` itself, on every rank. Every rank calls it.
+        Where nothing is sharded it is `module` itself. None on the others, which all call it too.
         """
-        return module
+        return module if self.ranks.first else None
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of `x` over the ranks, on each of them, detached."""
@@ -175,6 +176,7 @@ class _Sharded(Parallel):
         fully_shard(model, mesh=mesh)
         for name in (method, *also):
             register_fsdp_forward_method(model, name)
+            setattr(model, name, partial(self._pass, getattr(model, name)))
         # FSDP refuses to be copied; an average is a plain module with shards of its own
         model.__deepcopy__ = self._copied  # type: ignore[assignment]
 
@@ -182,11 +184,11 @@ class _Sharded(Parallel):
         self.model.reshard()  # type: ignore[operator]
         return _filled(self._skeleton, {n: p.detach().clone() for n, p in _tensors(self.model)})
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
+    def _pass(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with warnings.catch_warnings():
             # of results that are views: nothing of ours changes them in place
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-            result = super().call(*args, **kwargs)
+            result = method(*args, **kwargs)
         if not torch.is_grad_enabled():
             self.model.reshard()  # type: ignore[operator]  # a backward pass would have done it
         return result
@@ -219,10 +221,15 @@ def _filled(skeleton: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
 
 
 def check_parallel(recipe: Recipe, ranks: Ranks) -> None:
-    """Raise ValueError where `recipe` asks so many ranks for what they cannot do."""
+    """Raise ValueError where so many ranks cannot do what `recipe` asks."""
     if recipe.batch % ranks.world:
         raise ValueError(
             f"batch: expected a multiple of the {ranks.world} ranks, got {recipe.batch}"
+        )
+    if recipe.parallel == "fsdp" and recipe.optimizer == "muon" and ranks.world > 1:
+        raise ValueError(
+            "optimizer: expected 'adamw' with parallel 'fsdp', got 'muon', which needs whole "
+            "matrices"
         )
 
 
