@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from dar_train import cli
+from dar_train import cli, reporting
 from dar_train.recipes import ClassifierRecipe, PriorRecipe, TokenizerRecipe
 from dar_train.recipes.files import field_help, grouped
 
@@ -136,3 +136,15 @@ def test_all_problems_are_named_together(capsys) -> None:
     error = capsys.readouterr().err
     assert error.startswith("dar train: error: 3 problems:\n  batch: expected a positive number")
     assert len(error.splitlines()) == 4
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "hello\n"), ("3", "")])
+def test_one_rank_speaks(rank, said, monkeypatch, capsys) -> None:
+    def train(recipe) -> None:
+        reporting.logger.info("hello")
+
+    stand_in = types.SimpleNamespace(train_tokenizer=train)
+    monkeypatch.setitem(sys.modules, "dar_train.tokenizer_loop", stand_in)
+    monkeypatch.setenv("RANK", rank)
+    assert cli.main(["tokenizer"]) == 0
+    assert capsys.readouterr().out.partition(" ")[2] == said

@@ -5,8 +5,10 @@ dar train show prior --preset XL > xl.toml
 torchrun --nproc-per-node 8 -m dar_train.cli prior --recipe xl.toml
 """
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 from dar_fast.cli.errors import status_of
 from dar_fast.cli.parse import read_flags
@@ -128,7 +130,8 @@ def run(argv: Sequence[str]) -> None:
         raise ValueError(
             f"dar train: expected one of {known}, got {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}"
         )
-    with shown_logs():
+    first = os.environ.get("RANK", "0") == "0"  # of several ranks, one speaks; all warn
+    with shown_logs() if first else nullcontext():
         COMMANDS[argv[0]](argv[1:])
 
 

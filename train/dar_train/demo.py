@@ -15,7 +15,7 @@ from typing import Any, Literal
 from dar_fast.files import atomic_write
 from dar_train.card import CardRecipe, write_card
 from dar_train.classifier import train_classifier
-from dar_train.data import load_pictures
+from dar_train.data import open_pictures
 from dar_train.evaluate import EvaluateRecipe, evaluate
 from dar_train.export import ExportRecipe, export_pipeline
 from dar_train.prior_loop import train_prior
@@ -88,7 +88,7 @@ def train_demo(recipe: DemoRecipe, stages: Stages | None = None) -> bool:
     began = time.monotonic()
     stages = stages or STAGES[recipe.size]
     out = recipe.out
-    load_pictures(recipe.data, stages.tokenizer.config().image_size)  # fails early
+    open_pictures(recipe.data, stages.tokenizer.config().image_size)  # fails early
 
     def left() -> float | None:
         if recipe.call_minutes is None:
