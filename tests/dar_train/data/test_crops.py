@@ -1,12 +1,13 @@
 """Crops against resizing the whole picture first, on pictures whose pixels are known."""
 
 import io
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from data_helpers import DAMAGE, encoded, pixels
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -15,6 +16,7 @@ from dar_train.data.crops import Square, resized
 from dar_train.data.source import opened
 
 SIDES = st.integers(3, 90)
+MIDDLE = partial(centre_crop, size=8)
 
 
 def whole_first(picture: Image.Image, size: int, square: Square) -> torch.Tensor:
@@ -156,3 +158,22 @@ def test_damage_is_unreadable(kind, how) -> None:
     content = DAMAGE[how](encoded(4, kind, 90, 80))
     with pytest.raises(UnreadableError):
         cut(opened(content), 16, lambda w, h: centre_crop(w, h, 16))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about damaged metadata
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF"]),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=12),
+    st.floats(0, 1),
+)
+def test_any_damage_gives_a_picture_or_is_unreadable(kind, changes, kept) -> None:
+    content = bytearray(encoded(4, kind, 40, 30))
+    for place, value in changes:
+        content[int(place * len(content))] = value
+    try:
+        got = cut(opened(bytes(content[: int(kept * len(content))])), 8, MIDDLE)
+    except UnreadableError as error:
+        assert str(error)
+    else:
+        assert got.shape == (3, 8, 8)
