@@ -130,3 +130,20 @@ def test_a_resident_table_gives_the_same_batches(store) -> None:
     batches.close()
     assert torch.equal(torch.cat([batch.codes for batch in found]), mapped.codes)
     assert torch.equal(torch.cat([batch.labels for batch in found]), mapped.labels)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_an_accelerators_batches_are_pinned_on_its_own_device(store, monkeypatch, resident) -> None:
+    """The way of a GPU, with stand-ins for pinning and for choosing the device."""
+    pinned, chosen = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t.dtype) or t)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    batches = code_batches(store, batch=BATCH, seed=0, ranks=ranks_of())
+    batches._cuda = True
+    if resident:
+        batches.make_resident()
+    batch = batches.next()
+    batches.close()
+    assert chosen == [torch.device("cpu")]
+    assert pinned[:2] == [torch.int64 if resident else torch.int16, torch.int64]
+    assert torch.equal(batch.codes, read(store, 1).codes)

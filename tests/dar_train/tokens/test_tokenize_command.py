@@ -152,3 +152,11 @@ def test_two_processes_write_what_one_writes(line, tmp_path) -> None:
     assert sorted(p.name for p in (tmp_path / "shared").iterdir()) == [
         "codes.npy", "held_out.npy", "labels.npy", "manifest.json"
     ]  # fmt: skip
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "dar_train.tokens.command", None)
+    assert main(["tokenize", "--help"]) == 1
+    error = capsys.readouterr().err
+    assert "dar tokenize: expected the packages of the extra 'train'" in error
+    assert "pip install 'dar-fast[train]'" in error
