@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dar_kernels import native
 from dar_kernels.checks import Dim, check_tensor
@@ -152,7 +153,7 @@ def attention_native(q: Tensor, k: Tensor, v: Tensor, prefix: int | None = None)
         ValueError: where shapes or devices do not fit, or the prefix is negative.
     """
     _check(q, k, v, prefix)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # which see operators only
         compiled: Tensor = _attention_cpu(q, k, v, prefix)[0]
         return compiled
     out: Tensor = _Attention.apply(q, k, v, prefix)

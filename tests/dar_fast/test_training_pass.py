@@ -119,3 +119,24 @@ def test_the_alignment_head_runs_on_request(model) -> None:
     assert {n for n, _ in model.named_parameters()} - names == {
         f"pixel_dit.repa_out.{i}.{part}" for i in (0, 2, 4) for part in ("weight", "bias")
     }
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
+def test_graphs_serve_every_length() -> None:
+    """Two lengths may make all graphs there are: a block, and a last one, of each stack."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    made = Tokenizer(replace(TINY_TOKENIZER, encoder_depth=3, decoder_depth=3))
+    stacks = made.encoder.layers, made.token_decoder.layers, made.pixel_dit.blocks
+    for block in (block for stack in stacks for block in stack):
+        block.compile(dynamic=getattr(block, "dynamic", False), backend="eager")
+    counts = []
+    for tokens in (2 * Q, Q, 3 * Q, N):
+        u = torch.tensor([0.01, (tokens / Q - 1) / TINY_TOKENIZER.num_groups - 0.01])
+        images, noise = (x.float() for x in inputs(2, 2))
+        out = made.training_forward(images, u.clamp(min=0), noise, tokens=tokens)
+        total(out).backward()
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[1] <= 6
+    assert counts[1:] == counts[1:2] * 3
+    torch._dynamo.reset()

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dar_fast.config import PriorConfig
 from dar_fast.models import Prior, Tokenizer
+from dar_kernels import attention_native
 from dar_train.recompute import is_kept, recompute
 from tiny_models import TINY_TOKENIZER, perturb
 
@@ -95,6 +96,8 @@ def test_same_gradients_of_fewer_bytes(made, name, precision) -> None:
     assert sizes[2] < sizes[1] < 0.85 * sizes[0]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_blocks_agree(made, mode) -> None:
     torch._dynamo.reset()
@@ -102,9 +105,14 @@ def test_compiled_blocks_agree(made, mode) -> None:
     blocks = blocks_of(compiled)
     recompute(blocks, mode)
     for block in blocks:
-        block.compile(backend="aot_eager", dynamic=None)
-    expected, actual = measured(plain, "fp32")[1], measured(compiled, "fp32")[1]
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        block.compile(backend="aot_eager", dynamic=getattr(block, "dynamic", False))
+    torch._dynamo.utils.counters.clear()
+    for model in (plain, compiled):
+        tokenizer_loss(model).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
 
 
 def test_copies_and_evaluation(made) -> None:
@@ -137,3 +145,22 @@ def test_what_selective_keeps(name, kept) -> None:
 def test_unknown_mode() -> None:
     with pytest.raises(ValueError, match=r"recompute: expected one of .*, got 'some'"):
         recompute([], "some")  # type: ignore[arg-type]
+
+
+def test_attention_of_the_cpu_runs_once(monkeypatch) -> None:
+    """Where "selective" recomputes, it keeps the result of attention by C++ as well."""
+    reason = attention_native.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    runs, real = [], attention_native._forward
+    monkeypatch.setattr(attention_native, "_forward", lambda *a: runs.append(1) or real(*a))
+    block = blocks_of(Tokenizer(TINY_TOKENIZER))[0]
+    counts, x = {}, torch.randn(1, 6, 32, requires_grad=True)
+    for mode in MODES:
+        runs.clear()
+        again = copy.deepcopy(block)
+        recompute([again], mode)
+        with torch.autocast("cpu", torch.bfloat16):
+            again(x, prefix=0).sum().backward()
+        counts[mode] = len(runs)
+    assert counts == {"none": 1, "selective": 1, "full": 2}
