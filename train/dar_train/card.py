@@ -104,5 +104,6 @@ def _card(
         card_text.figures(report, before),
         card_text.judged(report, before),
         picture("reconstructions.png", caption + "the reconstruction"),
+        "`dar train card` writes this page from report.json.",
     ]
     return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"

@@ -12,7 +12,8 @@ CHECKPOINTS = (1, 2, 4, 6, 8)  # groups whose estimates are in the table
 
 EMOJI_STYLES = {"noto", "fluent-3d", "fluent-flat", "twemoji"}
 EMOJI = """\
-{pictures} emoji in four styles, without skin tones, on white; names and subgroups from Unicode's `emoji-test.txt`.
+{pictures} emoji in four styles, without skin tones, on white; names and subgroups from Unicode's `emoji-test.txt`;
+labels are `style/subgroup`.
 
 | style | source | licence |
 |---|---|---|
