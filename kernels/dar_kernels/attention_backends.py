@@ -229,11 +229,13 @@ def _package(module: str, function: str, extra: str) -> Callable[[], str | None]
     def missing() -> str | None:
         try:
             getattr(import_module(module), function)
-        except (ImportError, AttributeError) as error:  # flash-attn and flash-attn-4 share a name
-            found = "" if isinstance(error, ModuleNotFoundError) else f" ({error})"
-            return f"not installed{found}: {install}"
-        except (OSError, RuntimeError) as error:  # a library built for another machine
-            return f"does not import: {error}"
+        except ModuleNotFoundError as error:
+            if error.name is None or f"{module}.".startswith(f"{error.name}."):
+                return f"not installed: {install}"
+            return f"does not import ({error}): {install}"  # xformers beside flash-attn-4 alone
+        except (ImportError, AttributeError, OSError, RuntimeError) as error:
+            # of another torch or machine; flash-attn and flash-attn-4 share a name
+            return f"does not import ({error}): {install}"
         return _on_cuda()
 
     return missing

@@ -230,6 +230,14 @@ def test_a_package_that_does_not_load_says_why(monkeypatch):
     missing = backends._package("flash_attn", "flash_attn_func", "flash-attn")
     assert "no attribute 'flash_attn_func'" in missing()  # only flash-attn-4 is there
 
+    def half(module):
+        raise ModuleNotFoundError("No module named 'numpy'", name="numpy")
+
+    monkeypatch.setattr(backends, "import_module", half)
+    missing = backends._package("xformers.ops", "memory_efficient_attention", "xformers")
+    assert missing().startswith("does not import (No module named 'numpy'): ")
+    assert missing().endswith("pip install 'dar-fast[xformers]'")
+
 
 def test_a_name_is_no_hint():
     q, k, v = inputs(9, 9, device="cpu")
