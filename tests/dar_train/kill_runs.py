@@ -13,6 +13,8 @@ from dar_train.distributed import Ranks
 from dar_train.recipes import TokenizerRecipe
 from dar_train.tokenizer_loop import tokenizer_loop
 
+STOPPED = 3  # exit status of a run that was asked to stop
+
 
 class Moments:
     """Counts calls and returns, Python's and C's, and kills the process at a chosen one."""
@@ -53,4 +55,4 @@ def train(recipe: TokenizerRecipe, save: int, fatal: int | None, count_file: Pat
     if count_file is not None:
         count_file.write_text(str(moments.count))
     if not over:
-        raise SystemExit("stopped before the end")
+        raise SystemExit(STOPPED)

@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import shutil
+import time
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -197,6 +198,16 @@ def test_weights_alone(folder, averaged) -> None:
     weights = read_weights(kept.last, averaged=averaged)
     module = state.averaged if averaged else state.model
     assert same(weights, dict(module.state_dict()))
+
+
+def test_without_an_average_the_weights_are_the_trained_ones(folder) -> None:
+    state = make_state(0)._replace(averaged=nn.Module())
+    kept = Checkpoints(folder, ALONE)
+    path = kept.save(1, state, {})
+    assert same(read_weights(path), dict(state.model.state_dict()))
+    other = make_state(1)._replace(averaged=nn.Module())
+    kept.load(path, other)
+    assert same(tensors(other), tensors(state))
 
 
 # which states stay
@@ -580,18 +591,18 @@ def test_pointers_are_plain_names(folder, pointer) -> None:
 # several runs on one folder
 
 
-def _hold(folder: Path, ready, leave) -> None:
+def _hold(folder: Path, ready) -> None:
     kept = Checkpoints(folder, ALONE)
     ready.set()
-    leave.wait()
+    time.sleep(600)
     del kept
 
 
 def test_one_run_writes_in_a_folder(folder) -> None:
     state = saved(folder)[0]
     context = get_context("fork")
-    ready, leave = context.Event(), context.Event()
-    child = context.Process(target=_hold, args=(folder, ready, leave))
+    ready = context.Event()
+    child = context.Process(target=_hold, args=(folder, ready))
     child.start()
     try:
         assert ready.wait(60)
@@ -602,7 +613,7 @@ def test_one_run_writes_in_a_folder(folder) -> None:
         child.join()
         Checkpoints(folder, ALONE).save(3, state, {})
     finally:
-        leave.set()
+        child.kill()
         child.join()
 
 

@@ -43,8 +43,8 @@ def lines(recipe: TokenizerRecipe) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k not in CLOCK} for record in records]
 
 
-def kill_after_lines(child: BaseProcess, recipe: TokenizerRecipe, rng: random.Random) -> None:
-    """At a random moment, some steps after the run goes on, or while it starts."""
+def wait_for_lines(child: BaseProcess, recipe: TokenizerRecipe, rng: random.Random) -> None:
+    """Until a random moment, some steps after the run goes on, or while it starts."""
     wanted, end = rng.randint(0, 6), time.monotonic() + PATIENCE
     written = (recipe.out / "metrics.jsonl").stat if wanted else None
     first = last = None
@@ -59,7 +59,13 @@ def kill_after_lines(child: BaseProcess, recipe: TokenizerRecipe, rng: random.Ra
         last = size
         time.sleep(0.0005)
     time.sleep(rng.uniform(0, 0.02))
-    child.kill()
+
+
+def wait_for_steps(child: BaseProcess, recipe: TokenizerRecipe) -> None:
+    """Until a started run has made a step, and so listens to signals."""
+    end, before = time.monotonic() + PATIENCE, len(lines(recipe))
+    while len(lines(recipe)) <= before and child.is_alive() and time.monotonic() < end:
+        time.sleep(0.002)
 
 
 def same_weights(a: Path, b: Path) -> bool:
@@ -107,7 +113,8 @@ def test_killed_runs_are_the_uninterrupted_one(module_recipe, whole, run, caplog
         fatal = rng.randint(1, moments) if saving else None
         child = start(recipe, rng.randint(1, 2), fatal, None)
         if not saving:
-            kill_after_lines(child, recipe, rng)
+            wait_for_lines(child, recipe, rng)
+            child.kill()
         child.join(PATIENCE)
         assert child.exitcode == -signal.SIGKILL, "the run ended before it was killed"
         seen = lines(recipe)
@@ -123,3 +130,23 @@ def test_killed_runs_are_the_uninterrupted_one(module_recipe, whole, run, caplog
     final = [find_intact(r.out / "states") for r in (recipe, module_recipe)]
     assert read_record(final[0])["step"] == STEPS
     assert same_weights(*final)
+
+
+def test_a_terminated_run_saves_and_goes_on(module_recipe, whole) -> None:
+    expected, _ = whole
+    rng = random.Random(RUNS)
+    recipe = dataclasses.replace(module_recipe, out=module_recipe.out.parent / "terminated")
+    for _ in range(3):
+        child = start(recipe, 1, None, None)
+        wait_for_steps(child, recipe)
+        wait_for_lines(child, recipe, rng)
+        child.terminate()
+        child.join(PATIENCE)
+        assert child.exitcode == kill_runs.STOPPED
+        seen = lines(recipe)
+        assert seen == expected[: len(seen)]
+        assert read_record(find_intact(recipe.out / "states"))["step"] == len(seen)
+    child = start(recipe, 1, None, None)
+    child.join(PATIENCE)
+    assert child.exitcode == 0
+    assert lines(recipe) == expected

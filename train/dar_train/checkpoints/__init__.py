@@ -1,6 +1,5 @@
 """Resumable training states: safetensors and JSON only, so nothing in them can execute."""
 
-from dar_train.checkpoints.first_format import find_state, load_state, save_state
 from dar_train.checkpoints.folder import CheckpointError, find_intact
 from dar_train.checkpoints.manifest import read_record
 from dar_train.checkpoints.states import Checkpoints
@@ -12,9 +11,6 @@ __all__ = [
     "Checkpoints",
     "TrainState",
     "find_intact",
-    "find_state",
-    "load_state",
     "read_record",
     "read_weights",
-    "save_state",
 ]

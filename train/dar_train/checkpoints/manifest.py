@@ -66,6 +66,14 @@ def write_manifest(state: Path, serial: int, files: Mapping[str, Entry]) -> None
     write_synced(state / MANIFEST, _lines(body))
 
 
+def is_first_format(state: Path) -> bool:
+    """Whether a state is of the format that had no manifest."""
+    try:
+        return not (state / MANIFEST).exists() and read_record(state).get("format") == 1
+    except ValueError:
+        return False
+
+
 def read_manifest(state: Path) -> Manifest:
     """The manifest of a state.
 
@@ -85,7 +93,7 @@ def read_manifest(state: Path) -> Manifest:
             raise ValueError(f"files {sorted(files)}")
         return Manifest(int(body["serial"]), files)
     except FileNotFoundError as error:
-        if (state / RECORD).is_file() and "ema_updates" in (state / RECORD).read_text():
+        if is_first_format(state):
             raise ValueError(
                 f"checkpoint: expected format {FORMAT}, got {state} of format 1: its weights can "
                 "be read (read_weights), training cannot go on from it"

@@ -124,12 +124,12 @@ class Checkpoints:
         if step < 0 or not all(disk.POINTER_NAME.fullmatch(pointer) for pointer in pointers):
             raise ValueError(f"save: expected a step >= 0 and plain names, got {step}, {pointers}")
         try:
-            slices = plan_save(tensors_of(weights), self.ranks.rank, self._gather)
-            mine = sum(piece.data.numel() * piece.data.element_size() for piece in slices)
+            planned = plan_save(tensors_of(weights), self.ranks.rank, self._gather)
+            mine = sum(piece.data.numel() * piece.data.element_size() for piece in planned)
             needed = sum(self._gather(mine)) + SPARE_BYTES
-            name = self._together(self._prepare, step, needed)[0]
-            state = self.folder / name
-            slices = staged(slices, self._buffers)
+            slices: list[Slice] = []
+            self._together(lambda: slices.extend(staged(planned, self._buffers)))
+            state = self.folder / self._together(self._prepare, step, needed)[0]
         except (OSError, RuntimeError) as error:
             raise self._not_saved(step, error) from error
         if self._buffers is None:
