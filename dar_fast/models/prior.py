@@ -15,7 +15,7 @@ from dar_fast.config import PriorConfig
 from dar_fast.models.decoding import start_decoding
 from dar_fast.models.kv_cache import KVCache, StaticCache
 from dar_fast.models.layers import Rotary, rope_angles
-from dar_fast.models.prior_block import Cache, PriorBlock, RMSNorm
+from dar_fast.models.prior_block import Cache, Dropout, PriorBlock, RMSNorm
 from dar_fast.models.quantized import Product
 from dar_fast.sampling import GuidanceScale, Sampling, Temperature, resolve_seeds
 from dar_kernels import linear_cross_entropy
@@ -47,7 +47,7 @@ class Prior(nn.Module):
         self.layers = nn.ModuleList(PriorBlock(config, dropout) for _ in range(config.depth))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = Product(config.dim, config.vocab_size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.rotary = Rotary(
             partial(line_angles, config.num_tokens, config.head_dim, config.rope_base)
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dar_fast.config import PriorConfig
 from dar_fast.models.kv_cache import KVCache, StaticCache
 from dar_fast.models.quantized import Product
-from dar_kernels import NormedResidual, attention, rms_norm_residual, rope_2d, swiglu
+from dar_kernels import NormedResidual, attention, dropout, rms_norm_residual, rope_2d, swiglu
 
 Cache = KVCache | StaticCache
 
@@ -26,6 +26,13 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, delta: Tensor | None = None) -> NormedResidual:
         """Norm of the residual stream `x` plus a branch `delta`, and that sum."""
         return rms_norm_residual(x, delta, self.weight, self.eps)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout by the op `dropout`, which a CPU has in C++."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p) if self.training else x
 
 
 class PriorAttention(nn.Module):
@@ -77,7 +84,7 @@ class PriorBlock(nn.Module):
         self.attention = PriorAttention(config)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config.dim, config.hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,

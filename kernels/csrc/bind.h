@@ -11,6 +11,7 @@ void bind_attention_train(nanobind::module_ &module);
 void bind_decode_step(nanobind::module_ &module);
 void bind_guided_sample(nanobind::module_ &module);
 void bind_modulate(nanobind::module_ &module);
+void bind_train_rows(nanobind::module_ &module);
 void bind_vq_nearest(nanobind::module_ &module);
 
 } // namespace dar

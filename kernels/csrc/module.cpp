@@ -13,6 +13,7 @@ NB_MODULE(_native, module) {
     dar::bind_decode_step(module);
     dar::bind_guided_sample(module);
     dar::bind_modulate(module);
+    dar::bind_train_rows(module);
     dar::bind_vq_nearest(module);
 #ifdef _OPENMP
     module.attr("threading") = "OpenMP";

@@ -12,6 +12,8 @@ from dar_kernels.decode_step import OP as _DECODE_STEP
 from dar_kernels.dispatch import Choice, UnavailableError, require
 from dar_kernels.dispatch import prefer as _prefer
 from dar_kernels.dispatch import report as _report
+from dar_kernels.dropout import OP as _DROPOUT
+from dar_kernels.dropout import dropout
 from dar_kernels.flow_step import OP as _FLOW_STEP
 from dar_kernels.flow_step import flow_step
 from dar_kernels.gate_residual_modulate import OP as _GATE_RESIDUAL_MODULATE
@@ -61,6 +63,7 @@ OPS = (
     _ADALN_MODULATE,
     _ATTENTION,
     _DECODE_STEP,
+    _DROPOUT,
     _FLOW_STEP,
     _GATE_RESIDUAL_MODULATE,
     _GUIDED_SAMPLE,
@@ -120,6 +123,7 @@ __all__ = [
     "adaln_cross_attention",
     "adaln_modulate",
     "attention",
+    "dropout",
     "flow_step",
     "fp8_missing",
     "fp8_weight",

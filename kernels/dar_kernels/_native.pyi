@@ -44,6 +44,16 @@ def attention_train_backward(
     prefix: int,
     threads: int,
 ) -> None: ...
+def cross_entropy_rows(
+    logits: Tensor,
+    targets: Tensor,
+    factors: Tensor | None,
+    losses: Tensor,
+    lse: Tensor,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+def dropout(x: Tensor, out: Tensor, key: int, p: float, threads: int, isa: str = "") -> None: ...
 def modulate(
     x: object,
     y: object,

@@ -4,8 +4,9 @@ Compute bound: 2·M·V·D FLOPs forward, 6·M·V·D backward (that product again
 storing the logits takes 6, and no [M, V] in memory (M = 8192, V = 16384: 537 MB in fp32, and as
 much for their gradient). Of a training step of prior L the repeated product is 1.6%.
 CUDA: one program a tile of logits, which stays on chip; it writes its logsumexp, 4·M·V/BLOCK_V
-bytes in all, and a small reduction combines them. PyTorch: chunks of rows; where gradients of a
-mean or a sum are asked for, each chunk gives its own while its logits are there: 6·M·V·D in all.
+bytes in all, and a small reduction combines them. CPU: chunks of rows, their softmax in C++; where
+gradients of a mean or a sum are asked for, a chunk gives its own while its logits are there, so
+6·M·V·D in all.
 Source: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models (2024).
 """
 
@@ -15,9 +16,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dar_kernels import native
 from dar_kernels.aot import DecoderShape, Shape, Variant
 from dar_kernels.checks import Dim, check_below, check_tensor, dtypes_beside, lowered
-from dar_kernels.dispatch import Op, needs_grad
+from dar_kernels.dispatch import Implementation, Op, needs_grad
 from dar_kernels.implementations import by_torch, by_triton
 from dar_kernels.linear_cross_entropy_backward import (
     add_gradients,
@@ -27,6 +29,7 @@ from dar_kernels.linear_cross_entropy_backward import (
     inside,
     linear_cross_entropy_backward,
     logits_tile,
+    rows_native,
     tiles_for,
     tiles_of,
     wide,
@@ -82,7 +85,24 @@ def _lse_torch(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     return lse, picked
 
 
-OP = Op(name="linear_cross_entropy", implementations=(by_triton(_lse_triton), by_torch(_lse_torch)))
+def _lse_native(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    lse, losses = (torch.empty(len(x), dtype=torch.float32) for _ in range(2))
+    for rows in chunks(x, weight):
+        rows_native(x[rows] @ weight.T, targets[rows], None, losses[rows], lse[rows])
+    return lse, lse - losses
+
+
+OP = Op(
+    name="linear_cross_entropy",
+    implementations=(
+        by_triton(_lse_triton),
+        Implementation(
+            name="native", run=_lse_native, devices=("cpu",),
+            dtypes=(torch.float32, torch.bfloat16), missing=native.missing,
+        ),
+        by_torch(_lse_torch),
+    ),
+)  # fmt: skip
 
 
 @torch.library.custom_op("dar::linear_cross_entropy", mutates_args=())
@@ -116,11 +136,29 @@ def _autograd(ctx, dloss: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor, None, N
 _linear_cross_entropy.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def _loss_rows_torch(logits: Tensor, targets: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses of a chunk, and the gradient of their sum by `factors` in its logits."""
+    dtype = logits.dtype
+    logits = logits.to(wide(logits))
+    lse = logits.logsumexp(-1)
+    index, valid = inside(targets, logits.shape[1])
+    picked = torch.where(valid, logits.gather(1, index), math.nan).squeeze(1)
+    return lse - picked, dlogits_of(logits, targets, lse, factors).to(dtype)
+
+
+def _loss_rows_native(logits: Tensor, targets: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in C++, in the place of the logits."""
+    losses, lse = torch.empty_like(factors), torch.empty_like(factors)
+    rows_native(logits, targets, factors.contiguous(), losses, lse)
+    return losses, logits
+
+
 @torch.library.custom_op("dar::linear_cross_entropy_summed", mutates_args=())
 def _linear_cross_entropy_summed(
-    x: Tensor, weight: Tensor, targets: Tensor, factors: Tensor
+    x: Tensor, weight: Tensor, targets: Tensor, factors: Tensor, implementation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of `factors` `[M]` times the losses, and its gradients in `x` and `weight`."""
+    loss_rows = {"native": _loss_rows_native, "torch": _loss_rows_torch}[implementation]
     x, weight, targets = contiguous_last(x), contiguous_last(weight), targets.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.zeros((), dtype=wide(x), device=x.device)
@@ -128,18 +166,16 @@ def _linear_cross_entropy_summed(
     with torch.autocast(x.device.type, enabled=False):
         for rows in chunks(x, weight):
             part, factor = x[rows], factors[rows]
-            logits = (part @ weight.T).to(total.dtype)
-            lse = logits.logsumexp(-1)
-            index, valid = inside(targets[rows], len(weight))
-            picked = torch.where(valid, logits.gather(1, index), math.nan).squeeze(1)
-            total += torch.where(factor == 0, 0, factor * (lse - picked)).sum()
-            dlogits = dlogits_of(logits, targets[rows], lse, factor).to(x.dtype)
+            losses, dlogits = loss_rows(part @ weight.T, targets[rows], factor)
+            total += torch.where(factor == 0, 0, factor * losses).sum()
             add_gradients(dlogits, part, weight, dx[rows], dweight)
     return total, dx, dweight.to(weight.dtype)
 
 
 @_linear_cross_entropy_summed.register_fake
-def _(x: Tensor, weight: Tensor, targets: Tensor, factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Tensor, targets: Tensor, factors: Tensor, implementation: str
+) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty((), dtype=wide(x)), x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
@@ -150,11 +186,11 @@ def _keep_gradients(ctx, inputs, output) -> None:
 
 def _scale_gradients(
     ctx, dtotal: Tensor | None, *_: Tensor
-) -> tuple[Tensor | None, Tensor | None, None, None]:
+) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     if dtotal is None:
-        return None, None, None, None
+        return None, None, None, None, None
     dx, dweight = ctx.saved_tensors
-    return dx * dtotal.to(dx.dtype), dweight * dtotal.to(dweight.dtype), None, None
+    return dx * dtotal.to(dx.dtype), dweight * dtotal.to(dweight.dtype), None, None, None
 
 
 _linear_cross_entropy_summed.register_autograd(_scale_gradients, setup_context=_keep_gradients)
@@ -199,7 +235,8 @@ def linear_cross_entropy(
         targets: `[M]` int64 in [0, V), or `ignore_index`.
         reduction: `mean` over the rows that are not ignored, `sum`, or `none`.
         ignore_index: rows with this target have loss 0 and no gradient.
-        implementation: `triton` (CUDA) or `torch`; None: the first that can run.
+        implementation: `triton` (CUDA), `native` (CPU, fp32 or bf16) or `torch`; None: the first
+            that can run.
 
     Returns:
         fp32 (fp64 for fp64): a scalar, or `[M]` for `none`. Differentiable in `x` and `weight`.
@@ -221,11 +258,11 @@ def linear_cross_entropy(
     check_below(OP.name, "targets", targets, len(weight), kept)
     x, weight = lowered(x, weight)
     chosen = OP.pick(device.type, x.dtype, implementation)
-    if chosen == "torch" and reduction != "none" and M and needs_grad(x, weight):
+    if chosen != "triton" and reduction != "none" and M and needs_grad(x, weight):
         factors = torch.ones(M, dtype=wide(x), device=device) if kept is None else kept.to(wide(x))
         if reduction == "mean":
             factors = factors / factors.sum()
-        summed: Tensor = _linear_cross_entropy_summed(x, weight, targets, factors)[0]
+        summed: Tensor = _linear_cross_entropy_summed(x, weight, targets, factors, chosen)[0]
         return summed
     loss: Tensor = _linear_cross_entropy(x, weight, targets, chosen)[0]
     if kept is not None:

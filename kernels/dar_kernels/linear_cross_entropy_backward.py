@@ -146,7 +146,26 @@ def dlogits_of(logits: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor) -> T
     return dlogits.mul_(dloss[:, None])
 
 
-_DLOGITS = {"triton": _dlogits_triton, "torch": _dlogits_torch}
+def rows_native(
+    logits: Tensor, targets: Tensor, factors: Tensor | None, losses: Tensor, lse: Tensor
+) -> None:
+    """Losses and logsumexps `[M]` of `logits`, in C++; with factors these become their gradient."""
+    from dar_kernels import _native
+
+    threads = torch.get_num_threads()
+    _native.cross_entropy_rows(logits, targets.contiguous(), factors, losses, lse, threads)
+
+
+def _dlogits_native(
+    x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor
+) -> Tensor:
+    logits = x @ weight.T
+    losses, again = torch.empty_like(lse), torch.empty_like(lse)
+    rows_native(logits, targets, dloss.float(), losses, again)
+    return logits
+
+
+_DLOGITS = {"triton": _dlogits_triton, "native": _dlogits_native, "torch": _dlogits_torch}
 
 
 @torch.library.custom_op("dar::linear_cross_entropy_backward", mutates_args=())

@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from truth import DEVICE, DTYPES, TRITON, check_against_truth, relative_error
 
 from dar_kernels import linear_cross_entropy_backward as backward
+from dar_kernels import native
 from dar_kernels.linear_cross_entropy import (
     _linear_cross_entropy,
     _linear_cross_entropy_summed,
@@ -16,7 +17,12 @@ from dar_kernels.linear_cross_entropy import (
     linear_cross_entropy_ref,
 )
 
-WAYS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not TRITON, reason="no Triton"))]
+NATIVE = DEVICE == "cpu" and native.missing() is None
+WAYS = [
+    "torch",
+    pytest.param("triton", marks=pytest.mark.skipif(not TRITON, reason="no Triton")),
+    pytest.param("native", marks=pytest.mark.skipif(not NATIVE, reason=str(native.missing()))),
+]
 SHAPES = {
     "one-row": (1, 64, 100),
     "odd": (130, 33, 301),
@@ -51,6 +57,9 @@ def plain_model(x, weight, targets):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_less_accurate_than_torch(way, dtype, shape, small_chunks):
+    if (way, dtype) == ("native", torch.float16):
+        pytest.skip("not one of its dtypes")
+
     def ours(*inputs):
         return linear_cross_entropy(*inputs, reduction="none", implementation=way)
 
@@ -220,7 +229,8 @@ def test_registration_of_the_summed_loss():
     x, weight, targets = make_inputs(5, 16, 20)
     leaves = x.requires_grad_(), weight.requires_grad_()
     factors = torch.full((5,), 0.2, device=DEVICE)
-    torch.library.opcheck(_linear_cross_entropy_summed, (*leaves, targets, factors))
+    for way in ("torch", "native") if NATIVE else ("torch",):
+        torch.library.opcheck(_linear_cross_entropy_summed, (*leaves, targets, factors, way))
 
 
 @pytest.mark.parametrize("way", [*WAYS, None])
@@ -262,7 +272,7 @@ WRONG = {
     "empty": ({"weight": torch.ones(0, 8)}, ValueError, r"weight \[V >= 1, 8\], got \[0, 8\]"),
     "reduction": ({"reduction": "max"}, ValueError, "expected reduction one of .*, got 'max'"),
     "device": ({"weight": torch.ones(5, 8, device="meta")}, ValueError, "on cpu, got meta"),
-    "name": ({"implementation": "native"}, ValueError, "one of triton, torch, got 'native'"),
+    "name": ({"implementation": "cuda"}, ValueError, "one of triton, native, torch, got 'cuda'"),
 }
 
 

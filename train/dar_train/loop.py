@@ -287,7 +287,7 @@ class Loop(Generic[BatchT]):
 
     def _evaluate(self, report: Report) -> None:
         averaged = self.parallel.gathered(self.ema.module)
-        if averaged is not None:
+        if averaged is not None and self.parallel.ranks.first:
             averaged.eval()
             with torch.no_grad():
                 report.write("held_out", self.now.step, self.task.evaluate(averaged, self.now.step))
