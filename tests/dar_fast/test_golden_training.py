@@ -136,6 +136,7 @@ def test_tokens_behind_the_draws_are_left_out(name, more, mode) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compiled_blocks(name, mode, backend) -> None:
     model = model_of(name)
     blocks = blocks_of(model)
