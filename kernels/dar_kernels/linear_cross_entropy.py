@@ -157,18 +157,22 @@ def _loss_rows_native(logits: Tensor, targets: Tensor, factors: Tensor) -> tuple
 def _linear_cross_entropy_summed(
     x: Tensor, weight: Tensor, targets: Tensor, factors: Tensor, implementation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of `factors` `[M]` times the losses, and its gradients in `x` and `weight`."""
+    """Sum of `factors` `[M]` times the losses, and its gradients in `x` and `weight`.
+
+    `weight` may be wider than `x`, as under autocast: its gradient is not rounded in between.
+    """
     loss_rows = {"native": _loss_rows_native, "torch": _loss_rows_torch}[implementation]
-    x, weight, targets = contiguous_last(x), contiguous_last(weight), targets.contiguous()
+    x, targets = contiguous_last(x), targets.contiguous()
+    low = contiguous_last(weight).to(x.dtype)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.zeros((), dtype=wide(x), device=x.device)
     dweight = torch.zeros(weight.shape, dtype=total.dtype, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         for rows in chunks(x, weight):
             part, factor = x[rows], factors[rows]
-            losses, dlogits = loss_rows(part @ weight.T, targets[rows], factor)
+            losses, dlogits = loss_rows(part @ low.T, targets[rows], factor)
             total += torch.where(factor == 0, 0, factor * losses).sum()
-            add_gradients(dlogits, part, weight, dx[rows], dweight)
+            add_gradients(dlogits, part, low, dx[rows], dweight)
     return total, dx, dweight.to(weight.dtype)
 
 
@@ -256,13 +260,14 @@ def linear_cross_entropy(
     check_tensor(OP.name, "targets", targets, (M,), (torch.int64,), device)
     kept = None if ignore_index is None else targets != ignore_index
     check_below(OP.name, "targets", targets, len(weight), kept)
+    given = weight
     x, weight = lowered(x, weight)
     chosen = OP.pick(device.type, x.dtype, implementation)
     if chosen != "triton" and reduction != "none" and M and needs_grad(x, weight):
         factors = torch.ones(M, dtype=wide(x), device=device) if kept is None else kept.to(wide(x))
         if reduction == "mean":
             factors = factors / factors.sum()
-        summed: Tensor = _linear_cross_entropy_summed(x, weight, targets, factors, chosen)[0]
+        summed: Tensor = _linear_cross_entropy_summed(x, given, targets, factors, chosen)[0]
         return summed
     loss: Tensor = _linear_cross_entropy(x, weight, targets, chosen)[0]
     if kept is not None:
