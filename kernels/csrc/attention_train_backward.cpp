@@ -129,15 +129,20 @@ void load_query_head(const AttentionGradient &op, int64_t b, int64_t h, const Sc
     pack_pairs(q, own.Nq, own.q_pairs);
     pack_pairs(dout, own.Nq, own.dout_pairs);
     const float *lse = f.lse + (b * f.H + h) * f.Nq;
-    for (int64_t i = 0; i < own.Nq; ++i) {
+    for (int64_t i = 0; i < own.Nq; ++i)
         own.lse[i] = i < f.Nq ? lse[i] * LOG2E : 0;
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t d = 0; i < f.Nq && d < f.Dh; d += 32) {
-            const __mmask32 inside = f.Dh - d < 32 ? 0xFFFF : 0xFFFFFFFF;
-            const __m512i x = _mm512_maskz_loadu_epi16(inside, dout.at(i) + d);
-            sum = _mm512_dpbf16_ps(sum, as_bf16(x), as_bf16(_mm512_maskz_loadu_epi16(inside, f.out.row(b, h, i) + d)));
-        }
-        own.delta[i] = _mm512_reduce_add_ps(sum);
+    for (int64_t i = 0; i < own.Nq; i += LANES) {
+        __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        if (i < f.Nq) // lanes for O, then the additions of V dO^T: where one value is all of O, dS is 0 exactly
+            pack_lanes<LANES>({f.out.row(b, h, i), f.out.row_stride, f.Nq - i, f.Dh}, LANES, own.weights);
+        for (int64_t p = 0; i < f.Nq && p < f.Dh / 2; ++p)
+            for (int v = 0; v < 2; ++v) {
+                const __m512i out = _mm512_load_si512(own.weights + p * LANES + 16 * v);
+                const __m512i dout_word = _mm512_load_si512(own.dout_lanes + i * f.Dh / 2 + p * LANES + 16 * v);
+                sum[v] = _mm512_dpbf16_ps(sum[v], as_bf16(out), as_bf16(dout_word));
+            }
+        for (int v = 0; v < 2; ++v)
+            _mm512_store_ps(own.delta + i + 16 * v, sum[v]);
     }
 }
 
