@@ -11,6 +11,7 @@ from dar_fast.cli.options import check_device
 from dar_fast.cli.parse import run_command
 from dar_fast.cli.report import notice
 from dar_fast.device import pick_device
+from dar_kernels import prefer
 
 # on two cores a step takes seconds, on a GPU under one
 BATCHES = {("prior", "cpu"): 16, ("tokenizer", "cpu"): 4, ("prior", "cuda"): 64,
@@ -75,6 +76,9 @@ def train(
     micro = micro_batch or (min(MICRO[model, kind], size) if (model, kind) in MICRO else None)
     if size < 1 or (micro is not None and not 0 < micro <= size):
         raise ValueError(f"micro-batch: expected 1 to the batch of {size}, got {micro}")
+    if attention is not None:
+        with prefer(attention, op="attention"):
+            pass  # it is there
     from dar_train.bench.measure import lines_of, measure
     from dar_train.bench.subjects import Setting
 

@@ -7,6 +7,7 @@ that before: what a machine must have. On CUDA it is the allocator's peak.
 import multiprocessing
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -99,7 +100,7 @@ def _serve(pipe: Connection, kind: Kind, setting: Setting) -> None:
             pipe.send("ready")
             while (request := pipe.recv()) is not None:
                 pipe.send(_answer(subject, request, before, cuda))
-    except (RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # whatever it was, the other side is waiting for a word
         pipe.send(WorkerError(f"{kind}: {type(error).__name__}: {error}"))
 
 
@@ -151,13 +152,17 @@ class Worker:
         self._process.join()
 
     def _receive(self) -> Any:
-        while not self._pipe.poll(1.0):
-            if not self._process.is_alive() and not self._pipe.poll():
-                raise WorkerError(
-                    f"{self.kind}: its process ended with status {self._process.exitcode}, "
-                    "as it does where memory runs out"
-                )
-        answer = self._pipe.recv()
+        try:
+            while not self._pipe.poll(1.0):
+                if not self._process.is_alive() and not self._pipe.poll():
+                    raise EOFError("no answer")
+            answer = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(10)
+            raise WorkerError(
+                f"{self.kind}: its process ended with status {self._process.exitcode}, "
+                "as it does where memory runs out"
+            ) from error
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -168,5 +173,6 @@ class Worker:
         Raises:
             WorkerError: where the subject failed or its process died.
         """
-        self._pipe.send(request)
+        with suppress(BrokenPipeError):  # it is gone: what is left to read says so
+            self._pipe.send(request)
         return self._receive()
