@@ -16,7 +16,7 @@ from dar_kernels import prefer
 # on two cores a step takes seconds, on a GPU under one
 BATCHES = {("prior", "cpu"): 16, ("tokenizer", "cpu"): 4, ("prior", "cuda"): 64,
            ("tokenizer", "cuda"): 32}  # fmt: skip
-MICRO = {("prior", "cpu"): 8, ("tokenizer", "cpu"): 1}
+MICRO = {("prior", "cpu"): 8, ("tokenizer", "cpu"): 2}
 QUICK_TURNS, TURNS = 5, 10
 QUICK_SECONDS, SECONDS = 150.0, 900.0
 
