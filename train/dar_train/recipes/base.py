@@ -87,7 +87,7 @@ class Recipe:
         ),
     )
 
-    data: Path = Path("emoji-32.npz")  # a packed data set, or a folder with a sub-folder a label
+    data: Path = Path("emoji-32.npz")  # packed .npz, image folder, tars, MDS shards, or hf:PATH
     out: Path = Path("runs/run")  # folder for states, metrics, pictures and the final weights
     start: Start = "latest"  # resume the newest state, the one before the decay, or start afresh
     steps: int | None = None  # optimizer steps of the whole run, over all calls
@@ -104,7 +104,7 @@ class Recipe:
     schedule: Schedule = "constant"  # shape of the learning rate after the warm-up
     decay_fraction: float = 0.2  # last part of the run over which linear and wsd fall
     final_lr: float = 0.0  # rate at the end, as a fraction of the peak
-    ema: float = 0.999  # decay of the weight average
+    ema: float = 0.999  # decay of the weight average; 0: none is kept
     grad_clip: float = 1.0  # largest gradient norm
     precision: Precision = "bf16"  # of the forward and backward pass; the weights stay in fp32
     seed: int = 0  # of the weights, the order and every draw
