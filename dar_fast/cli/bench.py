@@ -1,4 +1,4 @@
-"""`dar bench latency|throughput|memory|quality`: what the engine takes beside what it must take.
+"""`dar bench latency|throughput|memory|quality|train`: what is taken beside what must be.
 
 The last line on stdout is one JSON document, with --json the only one; progress is on stderr.
 """
@@ -28,8 +28,8 @@ BENCHES = {
     "latency": "one picture: seconds, first preview, codes alone, pixel DiT alone",
     "throughput": "pictures a second over batch sizes, and latency under load",
     "memory": "the plan beside a measured peak, and the largest batch that fits",
-    "train": "a training step: images a second, memory, utilisation (needs the extra: train)",
     "quality": "what int8 and fp8 prior weights change: next codes, greedy codes, pictures",
+    "train": "a training step: images a second, memory, utilisation (needs the extra: train)",
 }
 # most turns, and seconds that they may take: on two cores a turn of prior L and tokenizer v1 takes
 # one minute, of the embedded model a few seconds

@@ -24,10 +24,13 @@ def _small_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BAD_USAGE = {
-    "no bench": ((), "bench: expected one of latency, throughput, memory, quality, got none"),
+    "no bench": (
+        (),
+        "bench: expected one of latency, throughput, memory, quality, train, got none",
+    ),
     "unknown bench": (
         ("speed",),
-        "bench: expected one of latency, throughput, memory, quality, got 'speed'",
+        "bench: expected one of latency, throughput, memory, quality, train, got 'speed'",
     ),
     "prior alone": (("latency", "--prior", "L"), "expected --prior NAME, --tokenizer NAME and"),
     "no random weights": (
@@ -91,7 +94,7 @@ def test_failures_are_one_line(dar: Dar, bench: str, argv: Any, text: str, here:
 def test_help_names_the_benches_and_each_has_its_own(dar: Dar) -> None:
     overview = dar("bench", "--help")
     assert overview.status == 0
-    assert re.findall(r"^  (\w+)  ", overview.out, re.M) == [*TIMED, "quality"]
+    assert re.findall(r"^  (\w+)  ", overview.out, re.M) == [*TIMED, "quality", "train"]
     assert "  bench " in dar("--help").out
     for name in TIMED:
         own = dar("bench", name, "--help")
