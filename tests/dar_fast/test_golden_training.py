@@ -132,9 +132,6 @@ def test_tokens_behind_the_draws_are_left_out(name, more, mode) -> None:
 
 
 INDUCTOR = [("prior_tiny", "selective"), ("tokenizer_tiny", "none")]  # minutes each
-    ("prior_tiny", "selective"),
-    ("tokenizer_tiny", "none"),
-]  # minutes each: no more of them
 COMPILED = [("aot_eager", name, mode) for name in NAMES for mode in MODES]
 
 
