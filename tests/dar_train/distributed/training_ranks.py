@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dar_fast.models import Prior
-from dar_train.distributed import Ranks, RanksError, joined
+from dar_train.distributed import Ranks, joined
 from dar_train.loop import Loop
 from dar_train.parallel import Parallel, parallelize
 from dar_train.prior_task import PriorTask
@@ -137,10 +137,4 @@ def one_rank(rank: int, world: int, port: int, folder: Path, recipes: dict[str, 
             if name == "tokenizer-fsdp":
                 found["shards"] = shards(loop)
         found["messages"] = messages(loop.parallel)
-    try:
-        with joined("cpu", timeout_minutes=3) as ranks:
-            if ranks.first:  # the other one leaves
-                loop.parallel.sum(torch.ones(1))
-    except RanksError as error:
-        found["lost"] = str(error)
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
