@@ -16,7 +16,7 @@ from dar_kernels.decode_step_ops import decode_step_by_ops
 from dar_kernels.decoder_weights import DecoderPages, DecoderWeights, LayerWeights
 from dar_kernels.linear_cross_entropy import linear_cross_entropy
 from dar_kernels.quantize import QuantizedWeight
-from kernel_cases import FLOAT, HALF, TOKENS, Case, Make, case, rotation
+from kernel_cases import FLOAT, HALF, TOKENS, Case, Make, attention, case, rotation
 
 
 @case(DecoderShape)
@@ -43,6 +43,11 @@ def swiglu(s: DecoderShape, B: int, make: Make) -> Case:
 @case(DecoderShape, "rope_2d prior")
 def rope_prior(s: DecoderShape, B: int, make: Make) -> Case:
     return rotation(B, TOKENS, s.heads, s.head_dim, make)
+
+
+@case(DecoderShape, "attention prior")
+def causal_attention(s: DecoderShape, B: int, make: Make) -> Case:
+    return attention(B, s.heads, s.kv_heads, TOKENS, s.head_dim, 0, make)
 
 
 @case(DecoderShape, "paged_attention float8", dtype=torch.float8_e4m3fn)

@@ -10,12 +10,23 @@ from torch import Tensor
 import dar_kernels as ops
 from dar_kernels.aot import DenoiserShape
 from dar_kernels.flow_step import flow_step as flow_step_op
-from kernel_cases import FLOAT, HALF, TOKENS, Case, Make, case, rotation
+from kernel_cases import FLOAT, HALF, TOKENS, Case, Make, attention, case, rotation
 
 
 @case(DenoiserShape, "rope_2d DiT")
 def rope_dit(s: DenoiserShape, B: int, make: Make) -> Case:
     return rotation(B, s.patches, s.heads, s.head_dim, make)
+
+
+@case(DenoiserShape, "attention DiT")
+def patch_attention(s: DenoiserShape, B: int, make: Make) -> Case:
+    return attention(B, s.heads, s.heads, s.patches, s.head_dim, None, make)
+
+
+@case(DenoiserShape, "attention encoder")
+def prefix_attention(s: DenoiserShape, B: int, make: Make) -> Case:
+    """Patches blind to TOKENS queries, which are causal; heads as many as the DiT's."""
+    return attention(B, s.heads, s.heads, s.patches + TOKENS, s.head_dim, s.patches, make)
 
 
 @case(DenoiserShape, "layer_norm tokens")

@@ -4,11 +4,12 @@
     python bench/gpu_kernels.py --list | --check
 
 Ours is `triton`, eager the `torch` implementation, compiled torch.compile of that for COMPILED
-presets, library what a well-kept library has. Each call is captured in a CUDA graph, so these are
-the GPU's times; the second-level cache is flushed before each. The roof of a call is the larger of
-its bytes at the bandwidth of a copy and its FLOPs at the rate of a large product, both measured
-here. Cases come in the order of their worth, and those that do not fit the time are named.
---list needs no GPU; --check runs everything once at a tiny size on the CPU, Triton too under
+presets, library what a well-kept library has. Attention is by libraries alone, side by side: ours
+is the one that runs where none is named, eager a dense mask. Each call is captured in a CUDA graph,
+so these are the GPU's times; the second-level cache is flushed before each. The roof of a call is
+the larger of its bytes at the bandwidth of a copy and its FLOPs at the rate of a large product,
+both measured here. Cases come in the order of their worth, and those that do not fit the time are
+named. --list needs no GPU; --check runs everything once at a tiny size on the CPU, Triton too under
 TRITON_INTERPRET=1, and compares. The last line is one JSON document; F gets it, and a table
 beside it in Markdown.
 """
@@ -35,15 +36,15 @@ from dar_fast.bench.measure import (
     matrix_rate,
 )
 from dar_fast.files import atomic_write
-from dar_kernels import triton_support
+from dar_kernels import UnavailableError
 from dar_kernels.aot import DecoderShape, DenoiserShape, Shape
 from kernel_cases import CASES, Case, Make
 from presets import shapes
 
-OURS = "triton"
 BATCHES = (64, 1, 8, 256)
 COMPILED = ("prior L", "tokenizer v1")  # compiling takes seconds, so not every preset
 BACKWARD_BATCHES = (64, 8)
+COLUMNS = ("eager", "compiled", "library")
 TINY: tuple[Shape, ...] = (
     DecoderShape(dim=64, heads=4, kv_heads=2, hidden_dim=96, vocab_size=128),
     DenoiserShape(dim=64, head_dim=32, condition_tokens=8, patches=16, patch_size=4,
@@ -100,10 +101,11 @@ def with_backward(run: Callable[[], Any], leaves: list[Tensor]) -> Callable[[], 
 def subjects(case: Case, compiled: bool) -> dict[str, Callable[[], Any]]:
     """What is timed of a case."""
     run = case.run
-    runs: dict[str, Callable[[], Any]] = {"ours": lambda: run(OURS)}
-    runs["eager"] = lambda: run("torch")
+    eager, ours, *others = case.implementations
+    runs: dict[str, Callable[[], Any]] = {"ours": partial(run, ours), "eager": partial(run, eager)}
     if compiled:
-        runs["compiled"] = torch.compile(lambda: run("torch"), dynamic=False)
+        runs["compiled"] = torch.compile(lambda: run(eager), dynamic=False)
+    runs |= {name: partial(run, name) for name in others}
     if case.library is not None:
         runs["library"] = case.library[1]
     return runs
@@ -152,7 +154,7 @@ def line(row: dict[str, Any]) -> str:
         cells += [f"{row['tb_s']:.2f}", f"{row['tflop_s']:.0f}", f"{100 * row['of_roof']:.0f}"]
     else:
         cells += ["failed", "", "", ""]
-    for name in ("eager", "compiled", "library"):
+    for name in COLUMNS:
         missing = "failed" if name in row.get("failed", {}) else ""
         cells.append(f"{ratios[name]:.2f}" if name in ratios else missing)
     return "| " + " | ".join(map(str, cells)) + " |"
@@ -165,6 +167,13 @@ def table(document: dict[str, Any]) -> str:
         for name, value in document["ceilings"].items()
     )
     libraries = {row["op"]: row["library"] for row in document["rows"] if "library" in row}
+    others = {
+        str(Job(*(row[field] for field in Job._fields))): ", ".join(
+            f"{name} {ratio:.2f}" for name, ratio in row.get("ratios", {}).items()
+            if name not in COLUMNS
+        )
+        for row in document["rows"]
+    }  # fmt: skip
     lines = [
         f"# Kernels on {document['device']}", "",
         f"Ceilings measured here: {ceilings}. Commit {document['commit']}.", "",
@@ -172,6 +181,7 @@ def table(document: dict[str, Any]) -> str:
         "× library |", "|---|---|---|---|---|---|---|---|---|---|---|",
         *(line(row) for row in document["rows"]), "",
         *(f"- library of {op}: {name}" for op, name in libraries.items()),
+        *(f"- × others of {job}: {ratios}" for job, ratios in others.items() if ratios),
         f"- no time for {len(document['skipped'])} cases" if document["skipped"] else "",
     ]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"
@@ -179,27 +189,30 @@ def table(document: dict[str, Any]) -> str:
 
 def check() -> list[dict[str, Any]]:
     """Everything once at a tiny size on the CPU; what differs between implementations."""
-    names = ["torch", *["triton"] * (triton_support.missing() is None)]
     rows = []
     for op, (kind, _) in CASES.items():
         shape = next(s for s in TINY if isinstance(s, kind))
         for backward in (False, True):
-            results = {}
+            results: dict[str, list[Tensor]] = {}
+            names = build(op, shape, 1, Make("meta")).implementations
             for name in (*names, "library"):
                 make = Make("cpu", dtype=torch.float32, grad=backward)
                 case = build(op, shape, 1, make)  # anew: some ops write in place
                 if (backward and case.backward is None) or (name == "library" and not case.library):
                     continue
-                run = case.library[1] if name == "library" else lambda: case.run(name)  # noqa: B023
-                if backward:
-                    run = with_backward(run, make.leaves)
-                results[name] = [y.detach() for y in tensors(run()) if y is not None]
+                run = case.library[1] if name == "library" else partial(case.run, name)
+                try:
+                    if backward:
+                        run = with_backward(run, make.leaves)
+                    results[name] = [y.detach() for y in tensors(run()) if y is not None]
+                except UnavailableError as error:
+                    print(f"{op}: {error}")
             differ = {
                 name: max(
                     float((y - x).norm() / x.norm())
                     if x.is_floating_point()
                     else float((x != y).float().mean())
-                    for x, y in zip(results["torch"], result, strict=True)
+                    for x, y in zip(results[names[0]], result, strict=True)
                 )
                 for name, result in results.items()
                 if name in names[1:]

@@ -28,6 +28,7 @@ class Case:
     Args:
         shape: of the main tensor, for the reader.
         run: the op with the implementation of that name.
+        implementations: the plain one, ours, and others to time beside them, each by its name.
         bytes, flops: of one call.
         backward: bytes and FLOPs of the backward pass; None: there is none to time.
         library: another way to the same result, by its name, where there is one worth comparing.
@@ -36,6 +37,7 @@ class Case:
 
     shape: str
     run: Callable[[str], Any]
+    implementations: tuple[str, ...] = ("torch", "triton")
     bytes: int
     flops: int = 0
     backward: tuple[int, int] | None = None
@@ -101,4 +103,20 @@ def rotation(B: int, N: int, H: int, Dh: int, make: Make) -> Case:
     return Case(
         shape=f"[{B}, {H}, {N}, {Dh}]", bytes=moved, backward=(moved, 0),
         run=lambda i: ops.rope_2d(x, cos, sin, implementation=i),
+    )  # fmt: skip
+
+
+def attention(B: int, H: int, Hkv: int, N: int, Dh: int, prefix: int | None, make: Make) -> Case:
+    """Every back end for CUDA, beside a dense mask and what runs where none is named."""
+    q, k, v = make(B, H, N, Dh), make(B, Hkv, N, Dh), make(B, Hkv, N, Dh)
+    seen = N if prefix is None else prefix  # keys of each of the first queries; then one more each
+    scores = B * H * (seen * N + (N - seen) * (N - seen + 1) // 2)
+    moved = 2 * B * N * (H + Hkv) * Dh * HALF
+    flops = 4 * scores * Dh
+    return Case(
+        shape=f"[{B}, {H}, {N}, {Dh}]", bytes=moved, flops=flops,
+        backward=(2 * moved, 5 * flops // 2),
+        run=lambda i: ops.attention(q, k, v, prefix=prefix, implementation=i),
+        implementations=("sdpa-masked", "sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient",
+                         "flash-attn", "flash-attn-4", "xformers"),
     )  # fmt: skip

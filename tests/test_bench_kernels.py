@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from multiprocessing.pool import ThreadPool
@@ -15,6 +16,7 @@ import torch
 import dar_kernels
 
 ROOT = Path(__file__).parents[1]
+NAMED = ("reference", "sdpa-flash")
 
 
 @pytest.fixture
@@ -26,11 +28,14 @@ def bench(monkeypatch):
 @pytest.fixture
 def on_a_cpu(bench, monkeypatch):
     """The bench with tiny presets, PyTorch for Triton, no graphs and a clock that says 1 ms."""
-    monkeypatch.setattr(bench, "OURS", "torch")
     tiny = dict(zip(("prior L", "tokenizer v1"), bench.TINY, strict=True))
     monkeypatch.setattr(bench, "shapes", lambda: tiny)
     monkeypatch.setattr(bench, "Make", lambda _, **kw: MAKE("cpu", dtype=torch.float32, **kw))
     MAKE = import_module("kernel_cases").Make
+    build = bench.build
+    monkeypatch.setattr(
+        bench, "build", lambda *args: replace(build(*args), implementations=("torch", "torch"))
+    )
     monkeypatch.setattr(bench, "get_context", lambda _: SimpleNamespace(Pool=ThreadPool))
     monkeypatch.setattr(bench, "graphed", lambda run: run)
     monkeypatch.setattr(bench, "device_seconds", lambda run: (run(), 1e-3)[1])
@@ -42,9 +47,11 @@ def on_a_cpu(bench, monkeypatch):
     return bench
 
 
-def test_every_op_has_a_case(bench):
+def test_every_op_with_a_kernel_has_a_case(bench):
     for op in dar_kernels.OPS:
-        assert any(name.split(" ")[0] == op.name for name in bench.CASES), op.name
+        if any(i.name == "triton" for i in op.implementations):
+            assert any(name.split(" ")[0] == op.name for name in bench.CASES), op.name
+    assert "attention prior" in bench.CASES
 
 
 def test_list_needs_no_gpu():
@@ -87,7 +94,7 @@ def test_failures_and_lack_of_time_are_reported(on_a_cpu, monkeypatch):
             raise MemoryError("out of memory")
         return on_a_cpu.Case(shape=case.shape, run=run, bytes=1)
 
-    monkeypatch.setattr(on_a_cpu, "OURS", "triton")
+    monkeypatch.setattr(on_a_cpu, "build", lambda op, *args: on_a_cpu.CASES[op][1](*args))
     monkeypatch.setitem(on_a_cpu.CASES, "swiglu", (kind, broken))
     jobs = [job for job in on_a_cpu.jobs() if job.op == "swiglu" and not job.backward][:3]
     document = on_a_cpu.time_all(jobs, seconds=60)
@@ -99,6 +106,24 @@ def test_failures_and_lack_of_time_are_reported(on_a_cpu, monkeypatch):
     text = on_a_cpu.table({"device": "none", "commit": "0", **document})
     assert "| swiglu | prior L | 8 | [2048, 96] | failed |" in text
     assert on_a_cpu.time_all(jobs, seconds=-1)["skipped"] == [str(job) for job in jobs]
+
+
+def test_back_ends_of_attention_stand_side_by_side(on_a_cpu, monkeypatch):
+    kind, build = on_a_cpu.CASES["attention encoder"]
+
+    def some(shape, batch, make):
+        return replace(build(shape, batch, make), implementations=("sdpa-masked", "sdpa", *NAMED))
+
+    monkeypatch.setattr(on_a_cpu, "build", lambda op, *args: some(*args))
+    monkeypatch.setitem(on_a_cpu.CASES, "attention encoder", (kind, some))
+    jobs = [job for job in on_a_cpu.jobs() if job.op == "attention encoder" and job.batch == 8]
+    document = on_a_cpu.time_all(jobs, seconds=60)
+    for row, backward in zip(document["rows"], (False, True), strict=True):
+        assert set(row["ratios"]) == {"eager", "compiled", "reference"}
+        assert "sdpa-flash: runs on cuda only" in row["failed"]["sdpa-flash"]
+        assert row["backward"] is backward
+    text = on_a_cpu.table({"device": "none", "commit": "0", **document})
+    assert "- × others of attention encoder | tokenizer v1 | 8: reference 1.00\n" in text
 
 
 @pytest.mark.slow

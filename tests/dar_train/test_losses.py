@@ -1,14 +1,19 @@
-"""The optional losses say what is missing, and read each picture once; by stand-ins of networks."""
+"""The optional losses: what they say is missing, by stand-ins, and with the networks themselves.
+
+The real networks' weights are random: no trained ones can be had where the tests run.
+"""
 
 import sys
+from importlib import import_module
 from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
-from dar_train.losses import alignment_loss, perceptual_loss
+from dar_train.losses import alignment_loss, import_torchvision, perceptual_loss
 
 BOTH = pytest.mark.parametrize(
     ("make", "field", "package"),
@@ -119,3 +124,39 @@ def test_perceptual_takes_the_trunk_and_shares_pictures(tmp_path, monkeypatch) -
     torch.save(weights, tmp_path / "vgg.pth")
     with pytest.raises(ValueError, match=r"lpips_weights: expected features\.3\.weight in"):
         perceptual_loss(tmp_path / "vgg.pth", CPU)
+
+
+def test_lpips_itself_over_a_trunk_from_a_file(tmp_path) -> None:
+    import_torchvision()
+    vgg = import_module("torchvision.models").vgg16(init_weights=False).features[:30]
+    trunk = {f"features.{name}": x for name, x in vgg.state_dict().items()}
+    for name, x in trunk.items():  # activations neither grow nor vanish
+        x.normal_(std=(2 / (9 * x.shape[1])) ** 0.5) if name.endswith("weight") else x.zero_()
+    save_file(trunk, tmp_path / "vgg.safetensors")
+    loss = perceptual_loss(tmp_path / "vgg.safetensors", CPU)
+    images, predicted = torch.rand(2, 1, 3, 32, 32) * 2 - 1
+    assert float(loss(images, images)) == 0
+    near = torch.lerp(images, predicted, 0.1).requires_grad_()
+    small, large = loss(images, near), loss(images, predicted)
+    assert 0 < float(small.detach()) < float(large)
+    small.backward()
+    with torch.no_grad():  # downhill is towards the picture
+        assert float((near.grad * (images - near)).sum()) < 0
+
+
+@pytest.mark.slow
+def test_timms_dinov2_itself_from_a_file(tmp_path) -> None:
+    import_torchvision()
+    torch.manual_seed(0)
+    create = import_module("timm").create_model
+    network = create("vit_base_patch14_dinov2", img_size=224, num_classes=0).eval()
+    save_file(network.state_dict(), tmp_path / "dino.safetensors")
+    loss = alignment_loss(tmp_path / "dino.safetensors", CPU)
+    images = torch.rand(2, 3, 224, 224) * 2 - 1
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    with torch.no_grad():
+        patches = network.forward_features(((images + 1) / 2 - mean) / std)[:, 1:]
+    assert patches.shape == (2, 256, 768)
+    assert float(loss(images, 3 * patches)) == pytest.approx(0, abs=1e-5)
+    assert float(loss(images, -patches)) == pytest.approx(2, abs=1e-5)
+    assert 0.5 < float(loss(images, torch.randn_like(patches))) < 1.5

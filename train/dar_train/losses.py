@@ -8,9 +8,10 @@ pictures are kept for the backward pass, since the other needs no gradient. Wher
 picture, row i of a prediction is one of picture i mod B, and DINOv2 runs once for all of them.
 """
 
+import importlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -44,24 +45,35 @@ def _weights(field: str, file: Path) -> dict[str, Tensor]:
     return loaded
 
 
-def _import_lpips() -> ModuleType:
-    """Import lpips; a CPU torch may lack two operators that torchvision registers fakes for."""
+def import_torchvision() -> None:
+    """Import torchvision, also where its own operators were built for another torch.
+
+    Such a build lacks two operators that it registers fakes for; nothing here calls them.
+
+    Raises:
+        ImportError: where it is not installed.
+    """
     try:
-        import lpips  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise ValueError(
-            "lpips_weights: the package lpips is missing: pip install lpips"
-        ) from error
+        importlib.import_module("torchvision")
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
         library: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import lpips
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        module: Any = importlib.import_module("torchvision")
+        module._dar_schemas = library  # definitions last as long as this object
 
-        lpips._dar_schemas = library  # definitions last as long as this object
-    return lpips
+
+def _imported(field: str, package: str) -> Any:
+    """A package that imports torchvision."""
+    try:
+        import_torchvision()
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(
+            f"{field}: the package {error.name or package} is missing: pip install {package}"
+        ) from error
 
 
 def perceptual_loss(weights: Path, device: torch.device) -> AuxiliaryLoss:
@@ -71,8 +83,11 @@ def perceptual_loss(weights: Path, device: torch.device) -> AuxiliaryLoss:
         ValueError: where the file or the package is missing, or the weights are another network's.
     """
     state = _weights("lpips_weights", weights)
-    lpips = _import_lpips()
-    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    lpips = _imported("lpips_weights", "lpips")
+    with warnings.catch_warnings():
+        # lpips asks torchvision for VGG by an older name of an argument
+        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     trunk = {}
     for part in ("slice1", "slice2", "slice3", "slice4", "slice5"):
         for name in getattr(network.net, part).state_dict():
@@ -116,17 +131,11 @@ def alignment_loss(weights: Path, device: torch.device) -> AuxiliaryLoss:
         ValueError: where the file or the package is missing, or the weights are another network's.
     """
     state = _weights("repa_weights", weights)
-    try:
-        import timm  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise ValueError("repa_weights: the package timm is missing: pip install timm") from error
+    timm = _imported("repa_weights", "timm")
     network = timm.create_model(DINO, pretrained=False, img_size=DINO_SIZE, num_classes=0)
-    from timm.models.vision_transformer import (  # type: ignore[import-not-found,unused-ignore]
-        checkpoint_filter_fn,
-    )
-
+    names = _imported("repa_weights", "timm.models.vision_transformer")
     try:
-        network.load_state_dict(checkpoint_filter_fn(state, network))
+        network.load_state_dict(names.checkpoint_filter_fn(state, network))
     except RuntimeError as error:
         raise ValueError(f"repa_weights: expected {DINO} in {weights}, got {error}") from error
     network = network.to(device).eval().requires_grad_(False)

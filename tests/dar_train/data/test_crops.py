@@ -2,6 +2,7 @@
 
 import io
 from functools import partial
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from dar_train.data import UnreadableError, centre_crop, cut, cut_all, random_crop, ten_crop
 from dar_train.data.crops import Square, resized
 from dar_train.data.source import opened
+from dar_train.losses import import_torchvision
 
 SIDES = st.integers(3, 90)
 MIDDLE = partial(centre_crop, size=8)
@@ -54,7 +56,8 @@ def test_ten_crops_are_cuts_of_the_resized_picture(width, height, size, number) 
 
 
 def test_ten_crops_are_those_of_torchvision() -> None:
-    transforms = pytest.importorskip("torchvision.transforms.functional")
+    import_torchvision()
+    transforms = import_module("torchvision.transforms.functional")
     size, inner = 20, 22
     picture = pixels(3, inner, inner)
     theirs = [np.asarray(crop) for crop in transforms.ten_crop(picture, size)]
