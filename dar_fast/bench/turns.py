@@ -5,7 +5,7 @@ is timed in one stretch of its own.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from dar_fast.bench.measure import Roofs
@@ -35,6 +35,22 @@ class Turns(NamedTuple):
         return [round(t.seconds, 6) for t in self.timings]
 
 
+def turns_within(turns: int, budget: float) -> Iterator[int]:
+    """The numbers of the turns, from 1, that a time allows.
+
+    Args:
+        turns: at most so many; at least one.
+        budget: seconds; a turn that would outlast it, as long as the last one, is not begun.
+    """
+    begun = start = time.perf_counter()
+    for turn in range(1, turns + 1):
+        now = time.perf_counter()
+        if turn > 1 and (now - start) + (now - begun) > budget:
+            return
+        begun = now
+        yield turn
+
+
 def take_turns(
     subjects: Mapping[str, Callable[[], Timing]],
     roofs: Roofs,
@@ -43,25 +59,15 @@ def take_turns(
     budget: float,
     say: Say,
 ) -> dict[str, Turns]:
-    """Run all subjects once a turn, the ceilings before each.
-
-    Args:
-        turns: at most so many; at least one.
-        budget: seconds; a turn that would outlast it, as long as the last one, is not begun.
-    """
+    """Run all subjects once a turn of `turns_within`, the ceilings before each."""
     took: dict[str, Turns] = {name: Turns([]) for name in subjects}
-    begun = start = time.perf_counter()
-    for turn in range(turns):
-        now = time.perf_counter()
-        if turn and (now - start) + (now - begun) > budget:
-            break
-        begun = now
+    for turn in turns_within(turns, budget):
         for name, run in subjects.items():
             roofs.probe()
             timing = run()
             took[name].timings.append(timing)
-            say(f"turn {turn + 1} of {turns}: {name}: {timing.seconds:.3f} s")
+            say(f"turn {turn} of {turns}: {name}: {timing.seconds:.3f} s")
     return took
 
 
-__all__ = ["Say", "Turns", "take_turns"]
+__all__ = ["Say", "Turns", "take_turns", "turns_within"]

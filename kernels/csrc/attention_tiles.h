@@ -7,7 +7,7 @@
 
 #include <immintrin.h>
 
-#include "modulate.h"
+#include "bf16.h"
 
 namespace dar {
 namespace {

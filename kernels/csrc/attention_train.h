@@ -2,7 +2,7 @@
 // forward, 10 backward; scores are made again instead of kept. Needs AVX-512 BF16.
 #pragma once
 
-#include "modulate.h"
+#include "bf16.h"
 
 namespace dar {
 

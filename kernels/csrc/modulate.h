@@ -4,13 +4,10 @@
 
 #include <cstdint>
 
+#include "bf16.h"
 #include "isa.h"
 
 namespace dar {
-
-struct Bf16 {
-    uint16_t bits;
-};
 
 // [B, N, D] with the last dimension contiguous; a broadcast dimension has stride 0. Null data: absent.
 template <typename T> struct Grid {

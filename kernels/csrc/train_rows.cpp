@@ -20,22 +20,6 @@ template <typename T> TrainRowsKernel<T> choose([[maybe_unused]] Isa isa) {
     return train_rows_baseline<T>();
 }
 
-float value(float x) { return x; }
-float value(Bf16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float result;
-    __builtin_memcpy(&result, &bits, 4);
-    return result;
-}
-
-void put(float *out, float x) { *out = x; }
-void put(Bf16 *out, float x) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, 4);
-    const bool nan = (bits & 0x7FFFFFFF) > 0x7F800000;
-    out->bits = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40 : (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-
 // splitmix64: keys of neighbouring stretches share nothing.
 uint64_t mix(uint64_t x) {
     x += 0x9E3779B97F4A7C15ULL;
@@ -54,7 +38,7 @@ template <typename T> void cross_entropy_rows(const CrossEntropyRows<T> &op, int
         const float lse = found.max + std::log(found.sum);
         const int64_t target = op.targets[m];
         const bool inside = target >= 0 && target < op.V;
-        const float picked = inside ? value(row[target]) : std::nanf("");
+        const float picked = inside ? load(row[target]) : std::nanf("");
         op.lse[m] = lse;
         op.losses[m] = lse - picked;
         if (op.factors == nullptr)
@@ -62,7 +46,7 @@ template <typename T> void cross_entropy_rows(const CrossEntropyRows<T> &op, int
         const float factor = op.factors[m];
         kernel.softmax_times(row, op.V, lse, factor);
         if (inside) // from the logit, not from the rounded gradient
-            put(&row[target], factor * (std::exp(picked - lse) - 1));
+            store(&row[target], factor * (std::exp(picked - lse) - 1));
     });
 }
 

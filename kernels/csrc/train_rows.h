@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
+#include "bf16.h"
 #include "isa.h"
-#include "modulate.h"
 
 namespace dar {
 

@@ -19,25 +19,23 @@ from dar_train.data import (
     PictureBatch,
     augment_drawn,
     chunks,
-    derived_seed,
     held_out_pictures,
     open_pictures,
     picture_batches,
     to_float,
 )
 from dar_train.data.augmentation import DRAWS as AUGMENT_DRAWS
-from dar_train.distributed import joined
+from dar_train.distributed import Ranks
 from dar_train.draws import Draws
 from dar_train.loop import Loop
 from dar_train.parallel import Parallel, parallelize
 from dar_train.recipes import ClassifierRecipe
 from dar_train.reporting import logger
-from dar_train.runs import begin
-from dar_train.task import Batches, Loss, Run
+from dar_train.task import Batches, Loss, Run, autocast_of
+from dar_train.training import seed_weights, train
 
 CHUNK = 256
 GROUPS = 8
-WEIGHTS_STREAM = 4  # of a recipe's seed
 
 
 class Prediction(NamedTuple):
@@ -157,11 +155,7 @@ class ClassifierTask:
         self.parallel = parallel
         self.batches = batches
         self.held_out = held_out
-        self.autocast = torch.autocast(
-            parallel.ranks.device.type,
-            dtype=torch.bfloat16,
-            enabled=recipe.precision == "bf16",
-        )
+        self.autocast = autocast_of(recipe, parallel.ranks.device)
 
     @property
     def model(self) -> Classifier:
@@ -200,30 +194,26 @@ class ClassifierTask:
         return None
 
 
-def train_classifier(recipe: ClassifierRecipe) -> bool:
-    """Train, resume or finish a classifier; True when the whole run is over.
+def classifier_loop(recipe: ClassifierRecipe, ranks: Ranks) -> Loop[PictureBatch]:
+    """The loop of a run, resumed where the recipe says so.
 
     Raises:
         ValueError: where the data do not fit the recipe.
-        TrainingError: where the loss stops being finite.
     """
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
-    with joined(recipe.device) as ranks:
-        begin(recipe, ranks)
-        pictures = open_pictures(recipe.data, recipe.size)
-        batches = picture_batches(
-            recipe, recipe.size, ranks, crop=False, flip=False, pictures=pictures
-        )
-        torch.manual_seed(derived_seed(recipe.seed, WEIGHTS_STREAM))
-        names = list(pictures.label_names)
-        model = Classifier(names, recipe.width, recipe.size).to(ranks.device)
-        parallel = parallelize(model, "forward", recipe, ranks, blocks=())
-        held_out = held_out_pictures(pictures, recipe.size, len(pictures.held_out), recipe.seed)
-        loop = Loop(recipe, ClassifierTask(recipe, parallel, batches, held_out), parallel)
-        over = loop.run()
-        averaged = parallel.gathered(loop.ema.module)
-        if isinstance(averaged, Classifier) and ranks.first:
-            averaged.save(recipe.out / "classifier")
-            logger.info("wrote %s", recipe.out / "classifier")
-    return over
+    pictures = open_pictures(recipe.data, recipe.size)
+    batches = picture_batches(recipe, recipe.size, ranks, crop=False, flip=False, pictures=pictures)
+    seed_weights(recipe)
+    model = Classifier(list(pictures.label_names), recipe.width, recipe.size).to(ranks.device)
+    parallel = parallelize(model, "forward", recipe, ranks, blocks=())
+    held_out = held_out_pictures(pictures, recipe.size, len(pictures.held_out), recipe.seed)
+    return Loop(recipe, ClassifierTask(recipe, parallel, batches, held_out), parallel)
+
+
+def train_classifier(recipe: ClassifierRecipe) -> bool:
+    """Train, resume or finish a classifier into `recipe.out / "classifier"`, as `train` says."""
+
+    def export(averaged: nn.Module) -> None:
+        cast(Classifier, averaged).save(recipe.out / "classifier")
+        logger.info("wrote %s", recipe.out / "classifier")
+
+    return train(recipe, classifier_loop, export)

@@ -1,26 +1,23 @@
 """Training of the prior over a folder of codes, which it writes first where there is none."""
 
 import json
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from dar_fast.config import PriorConfig
 from dar_fast.files import atomic_write
 from dar_fast.models.prior import Prior
 from dar_fast.models.tokenizer import Tokenizer
-from dar_train.data import derived_seed, open_pictures
-from dar_train.distributed import Ranks, joined
+from dar_train.data import open_pictures
+from dar_train.distributed import Ranks
 from dar_train.export import export_component
 from dar_train.init import start_weights
 from dar_train.loop import Loop
-from dar_train.parallel import parallelize
+from dar_train.parallel import Parallel, parallelize
 from dar_train.prior_task import PriorTask
 from dar_train.recipes import PriorRecipe
 from dar_train.recompute import recompute
 from dar_train.reporting import logger
-from dar_train.runs import begin
-from dar_train.tokenizer_loop import attention_of
 from dar_train.tokens import (
     CodeBatch,
     Progress,
@@ -36,8 +33,7 @@ from dar_train.tokens import (
     views_of,
     write_tokens,
 )
-
-WEIGHTS_STREAM = 4  # of a recipe's seed
+from dar_train.training import parameter_millions, seed_weights, train
 
 
 def _check_fit(config: PriorConfig, spec: Spec) -> None:
@@ -110,6 +106,21 @@ def _log(now: Progress) -> None:
     logger.info("encoded chunk %d of %d", now.chunk, now.chunks)
 
 
+def parallel_prior(recipe: PriorRecipe, ranks: Ranks) -> Parallel:
+    """The model as a run starts with it, on all ranks.
+
+    Raises:
+        ValueError: where the weights to start from do not fit.
+    """
+    seed_weights(recipe)
+    model = Prior(recipe.config(), dropout=recipe.dropout).to(ranks.device)
+    if recipe.init is not None:
+        start_weights(model, recipe.init)
+    blocks = list(model.blocks())
+    recompute(blocks, recipe.recompute)
+    return parallelize(model, "loss", recipe, ranks, blocks)
+
+
 def prior_loop(recipe: PriorRecipe, ranks: Ranks) -> Loop[CodeBatch]:
     """The loop of a run, resumed where the recipe says so.
 
@@ -120,19 +131,13 @@ def prior_loop(recipe: PriorRecipe, ranks: Ranks) -> Loop[CodeBatch]:
     tokenizer = load_tokenizer(recipe.tokenizer, ranks.device)
     store = open_tokens(recipe, config, tokenizer, ranks)
     _check_labels(config, store)
-    torch.manual_seed(derived_seed(recipe.seed, WEIGHTS_STREAM))
-    model = Prior(config, dropout=recipe.dropout).to(ranks.device)
-    if recipe.init is not None:
-        start_weights(model, recipe.init)
-    blocks = list(model.blocks())
-    recompute(blocks, recipe.recompute)
-    parallel = parallelize(model, "loss", recipe, ranks, blocks)
+    parallel = parallel_prior(recipe, ranks)
     batches = code_batches(store, batch=recipe.batch, seed=recipe.seed, ranks=ranks)
     task = PriorTask(recipe, parallel, batches, store, tokenizer if ranks.first else None)
     loop = Loop(recipe, task, parallel)
     logger.info(
         "prior %s: %.1fM parameters, %d training pictures, %d views of each, %s",
-        recipe.model, sum(p.numel() for p in model.parameters()) / 1e6,
+        recipe.model, parameter_millions(parallel.model),
         len(store.train), len(store.spec.views), ranks.device,
     )  # fmt: skip
     if store.manifest.skipped:
@@ -147,19 +152,5 @@ def prior_loop(recipe: PriorRecipe, ranks: Ranks) -> Loop[CodeBatch]:
 
 
 def train_prior(recipe: PriorRecipe) -> bool:
-    """Train, resume or finish a prior; True when the whole run is over.
-
-    Raises:
-        ValueError: where the data, the tokenizer, the codes or the model do not fit the recipe.
-        TrainingError: where the loss stops being finite.
-    """
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
-    with attention_of(recipe), joined(recipe.device) as ranks:
-        begin(recipe, ranks)
-        loop = prior_loop(recipe, ranks)
-        over = loop.run()
-        averaged = loop.parallel.gathered(loop.ema.module)
-        if averaged is not None and ranks.first:
-            export_component(averaged, recipe.out / "prior")
-    return over
+    """Train, resume or finish a prior into `recipe.out / "prior"`, as `train` says."""
+    return train(recipe, prior_loop, partial(export_component, folder=recipe.out / "prior"))

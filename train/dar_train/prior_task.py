@@ -15,7 +15,7 @@ from dar_train.data import chunks, derived_seed
 from dar_train.draws import Draws
 from dar_train.parallel import Parallel
 from dar_train.recipes import PriorRecipe
-from dar_train.task import Batches, Loss, Run
+from dar_train.task import Batches, Loss, Run, autocast_of
 from dar_train.tokens import CodeBatch, Store, unigram
 
 EVAL_CHUNK = 64
@@ -49,9 +49,7 @@ class PriorTask:
         self.store = store
         self.tokenizer = tokenizer
         self.device = parallel.ranks.device
-        self.autocast = torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"
-        )
+        self.autocast = autocast_of(recipe, self.device)
         generator = torch.Generator().manual_seed(derived_seed(recipe.seed, EVAL_STREAM))
         chosen = store.held_out[torch.randperm(len(store.held_out), generator=generator)]
         self.held_out = chosen[: recipe.eval_pictures]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dar_train.draws import Draws
 from dar_train.optim import Ema
+from dar_train.recipes import Recipe
 
 BatchT = TypeVar("BatchT", bound=tuple[Tensor, ...])
 BatchT_co = TypeVar("BatchT_co", bound=tuple[Tensor, ...], covariant=True)
@@ -107,6 +108,6 @@ def rows_of(batch: BatchT, rows: Tensor) -> BatchT:
     return type(batch)(*picked)
 
 
-def to_device(batch: BatchT, device: torch.device) -> BatchT:
-    """`batch` on `device`; pinned memory is copied without waiting."""
-    return type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
+def autocast_of(recipe: Recipe, device: torch.device) -> torch.autocast:
+    """The precision of a recipe's passes, to enter again and again."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16")

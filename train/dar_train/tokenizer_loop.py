@@ -3,37 +3,33 @@
 The loss and what it costs are `tokenizer_task`'s.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dar_fast.config import TokenizerConfig
 from dar_fast.models.tokenizer import Tokenizer
-from dar_kernels import prefer
 from dar_train.data import (
     PictureBatch,
     PictureSet,
-    derived_seed,
     held_out_pictures,
     open_pictures,
     picture_batches,
 )
-from dar_train.distributed import Ranks, joined
+from dar_train.distributed import Ranks
 from dar_train.export import export_component
 from dar_train.init import start_weights
 from dar_train.loop import Loop
-from dar_train.parallel import parallelize
-from dar_train.recipes import Recipe, TokenizerRecipe
+from dar_train.parallel import Parallel, parallelize
+from dar_train.recipes import TokenizerRecipe
 from dar_train.recompute import recompute
 from dar_train.reporting import logger
-from dar_train.runs import begin
 from dar_train.tokenizer_figures import HeldOutFigures
 from dar_train.tokenizer_task import TokenizerTask
+from dar_train.training import parameter_millions, seed_weights, train
 
-WEIGHTS_STREAM = 4  # of a recipe's seed
 START_PICTURES = 512  # whose encoder rows start the codebook
 
 
@@ -45,7 +41,7 @@ def make_tokenizer(
     Raises:
         ValueError: where the weights to start from do not fit.
     """
-    torch.manual_seed(derived_seed(recipe.seed, WEIGHTS_STREAM))
+    seed_weights(recipe)
     model = Tokenizer(config, recipe.gate_init).to(device)
     if recipe.init is not None:
         start_weights(model, recipe.init)
@@ -54,9 +50,16 @@ def make_tokenizer(
     return model
 
 
-def blocks_of(model: Tokenizer) -> list[nn.Module]:
-    """Its repeated parts, in the order of a pass."""
-    return [*model.encoder.layers, *model.token_decoder.layers, *model.pixel_dit.blocks]
+def parallel_tokenizer(recipe: TokenizerRecipe, ranks: Ranks) -> Parallel:
+    """That model on all ranks.
+
+    Raises:
+        ValueError: as `make_tokenizer` does.
+    """
+    model = make_tokenizer(recipe, recipe.config(), ranks.device)
+    blocks = [*model.encoder.layers, *model.token_decoder.layers, *model.pixel_dit.blocks]
+    recompute(blocks, recipe.recompute)
+    return parallelize(model, "training_forward", recipe, ranks, blocks, also=("pre_quantize",))
 
 
 def first_pictures(recipe: TokenizerRecipe, pictures: PictureSet, size: int) -> Tensor:
@@ -72,31 +75,18 @@ def first_pictures(recipe: TokenizerRecipe, pictures: PictureSet, size: int) -> 
         batches.close()
 
 
-def attention_of(recipe: Recipe) -> AbstractContextManager[None]:
-    """Within it, the back end of attention that the recipe names, if any.
-
-    Raises:
-        ValueError, UnavailableError: where there is none of that name, or not here.
-    """
-    return nullcontext() if recipe.attention is None else prefer(recipe.attention, op="attention")
-
-
 def tokenizer_loop(recipe: TokenizerRecipe, ranks: Ranks) -> Loop[PictureBatch]:
     """The loop of a run, resumed where the recipe says so.
 
     Raises:
         ValueError: where the data, the weights or the model do not fit the recipe.
     """
-    config = recipe.config()
-    size = config.image_size
+    size = recipe.config().image_size
     pictures = open_pictures(recipe.data, size)
     batches = picture_batches(
         recipe, size, ranks, crop=recipe.crop, flip=recipe.flip, pictures=pictures
     )
-    model = make_tokenizer(recipe, config, ranks.device)
-    blocks = blocks_of(model)
-    recompute(blocks, recipe.recompute)
-    parallel = parallelize(model, "training_forward", recipe, ranks, blocks, also=("pre_quantize",))
+    parallel = parallel_tokenizer(recipe, ranks)
     chosen = held_out_pictures(pictures, size, recipe.eval_pictures, recipe.seed)
     held_out = HeldOutFigures(chosen.images, recipe.seed, recipe.out / "pictures", ranks.device)
     start = partial(first_pictures, recipe, pictures, size)
@@ -106,26 +96,13 @@ def tokenizer_loop(recipe: TokenizerRecipe, ranks: Ranks) -> Loop[PictureBatch]:
     loop = Loop(recipe, task, parallel)
     logger.info(
         "tokenizer %s: %.1fM parameters, %d training and %d held-out pictures, %s",
-        recipe.model, sum(p.numel() for p in model.parameters()) / 1e6,
+        recipe.model, parameter_millions(parallel.model),
         len(pictures.train), len(pictures.held_out), ranks.device,
     )  # fmt: skip
     return loop
 
 
 def train_tokenizer(recipe: TokenizerRecipe) -> bool:
-    """Train, resume or finish a tokenizer; True when the whole run is over.
-
-    Raises:
-        ValueError: where the data or the model do not fit the recipe.
-        TrainingError: where the loss stops being finite.
-    """
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
-    with attention_of(recipe), joined(recipe.device) as ranks:
-        begin(recipe, ranks)
-        loop = tokenizer_loop(recipe, ranks)
-        over = loop.run()
-        averaged = loop.parallel.gathered(loop.ema.module)
-        if averaged is not None and ranks.first:
-            export_component(averaged, recipe.out / "tokenizer")
-    return over
+    """Train, resume or finish a tokenizer into `recipe.out / "tokenizer"`, as `train` says."""
+    folder = recipe.out / "tokenizer"
+    return train(recipe, tokenizer_loop, partial(export_component, folder=folder))

@@ -23,7 +23,7 @@ from dar_train.parallel import Parallel
 from dar_train.recipes import TokenizerRecipe
 from dar_train.rollout import Flight, Rollout
 from dar_train.shards import assign, whole
-from dar_train.task import Batches, Loss, Run
+from dar_train.task import Batches, Loss, Run, autocast_of
 from dar_train.tokenizer_figures import HeldOutFigures
 
 ENCODE_CHUNK = 64  # pictures a pass without gradients
@@ -59,9 +59,7 @@ class TokenizerTask:
         self.device = parallel.ranks.device
         self.use = CodebookUse(self.config.codebook_size, self.device)
         self.rollout = Rollout(self.config, self.device) if recipe.rollout else None
-        self.autocast = torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"
-        )
+        self.autocast = autocast_of(recipe, self.device)
         self.on_pictures: dict[str, tuple[float, AuxiliaryLoss]] = {}
         if recipe.lpips_weights is not None:
             lpips = perceptual_loss(recipe.lpips_weights, self.device)

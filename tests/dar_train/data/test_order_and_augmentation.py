@@ -9,7 +9,6 @@ from dar_train.data import (
     Order,
     augment,
     derived_seed,
-    random_flip,
     to_float,
     to_uint8,
     uniforms,
@@ -117,12 +116,3 @@ def test_permuted_channels_keep_the_values() -> None:
     out = augment(images, generator(), STILL._replace(permute=1.0))
     torch.testing.assert_close(out.sort(dim=1).values, images.sort(dim=1).values, atol=1e-5, rtol=0)
     assert not torch.allclose(out, images, atol=1e-3)
-
-
-def test_random_flip_mirrors_some() -> None:
-    images = picture(40)
-    out = random_flip(images, generator())
-    same = (out == images).flatten(1).all(dim=1)
-    mirrored = (out == images.flip(-1)).flatten(1).all(dim=1)
-    assert bool((same | mirrored).all())
-    assert 5 < int(mirrored.sum()) < 35

@@ -7,8 +7,6 @@ of probes between the turns.
 """
 
 import statistics
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,13 @@ from typing import Any
 import torch
 
 from dar_fast.bench.measure import Roofs, about
+from dar_fast.bench.turns import Say, turns_within
 from dar_fast.config import PRIORS, TOKENIZERS
 from dar_train.bench.flops import prior_flops, tokenizer_flops
 from dar_train.bench.subjects import Setting
 from dar_train.bench.worker import Worker, WorkerError
 
 WARM = 2  # steps that do not count: compilation, optimizer states, allocators
-Say = Callable[[str], None]
 
 
 def _flops(setting: Setting) -> tuple[float, int]:
@@ -46,8 +44,7 @@ def measure(
     """Time steps of both.
 
     Args:
-        turns: at most so many; at least one.
-        budget: seconds; a turn that would outlast it, as long as the last one, is not begun.
+        turns, budget: as `turns_within` has them.
         with_plain: also the plain loop; where it fails, for want of memory, its numbers are None.
         trace: write a profiler trace of one of our steps there.
 
@@ -75,16 +72,11 @@ def measure(
                 continue
             workers[kind] = worker
         took: dict[str, list[float]] = {kind: [] for kind in workers}
-        begun = start = time.perf_counter()
-        for turn in range(turns):
-            now = time.perf_counter()
-            if turn and (now - start) + (now - begun) > budget:
-                break
-            begun = now
+        for turn in turns_within(turns, budget):
             roofs.probe()
             for kind, worker in workers.items():
                 took[kind].append(worker.ask("step"))
-                say(f"turn {turn + 1} of {turns}: {kind}: {took[kind][-1]:.2f} s")
+                say(f"turn {turn} of {turns}: {kind}: {took[kind][-1]:.2f} s")
         memory = {kind: worker.ask("memory") for kind, worker in workers.items()}
         parts = workers["ours"].ask(f"parts {trace}" if trace else "parts")
     return _document(setting, took, memory, parts, roofs.rate, failed)

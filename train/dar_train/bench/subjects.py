@@ -18,20 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dar_fast.config import PriorConfig
 from dar_fast.models import Prior, Tokenizer
 from dar_kernels import prefer
 from dar_train.data import PictureBatch, to_float
 from dar_train.distributed import ranks_of_environment
 from dar_train.loop import Loop
-from dar_train.parallel import parallelize
+from dar_train.prior_loop import parallel_prior
 from dar_train.prior_task import PriorTask
 from dar_train.recipes import PRIOR_RECIPES, TOKENIZER_RECIPES, PriorRecipe, TokenizerRecipe
-from dar_train.recompute import recompute
 from dar_train.tokenizer_figures import HeldOutFigures
-from dar_train.tokenizer_loop import blocks_of, make_tokenizer
+from dar_train.tokenizer_loop import make_tokenizer, parallel_tokenizer
 from dar_train.tokenizer_task import TokenizerTask
 from dar_train.tokens import Store, code_batches, views_of
 from dar_train.tokens.manifest import Manifest, Spec
+from dar_train.training import attention_of
 
 SAMPLES = 64  # random ones that the batches are drawn from
 ENDLESS = 1_000_000  # steps: a bench never gets there
@@ -108,9 +109,9 @@ class _Pictures:
         return None
 
 
-def _store(model: Prior) -> Store:
+def _store(c: PriorConfig) -> Store:
     """Random codes in memory."""
-    c, rng = model.config, np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     spec = Spec(
         tokenizer="random", data="random", label_names=(), pictures=SAMPLES, tokens=c.num_tokens,
         codebook_size=c.vocab_size, views=views_of(), held_out="none", seed=0, precision="fp32",
@@ -128,30 +129,20 @@ def trained(setting: Setting) -> Iterator[Subject]:
     with ExitStack() as stack:
         out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         recipe = setting.recipe(out)
-        if setting.attention is not None:
-            stack.enter_context(prefer(setting.attention, op="attention"))
+        stack.enter_context(attention_of(recipe))
         ranks = ranks_of_environment(torch.device(setting.device))
-        torch.manual_seed(0)
         loop: Loop[Any]
         if isinstance(recipe, PriorRecipe):
-            prior = Prior(recipe.config(), dropout=recipe.dropout).to(ranks.device)
-            blocks: list[nn.Module] = list(prior.blocks())
-            recompute(blocks, recipe.recompute)
-            parallel = parallelize(prior, "loss", recipe, ranks, blocks)
-            store = _store(prior)
+            parallel = parallel_prior(recipe, ranks)
+            store = _store(recipe.config())
             codes = code_batches(store, batch=recipe.batch, seed=0, ranks=ranks)
             loop = Loop(recipe, PriorTask(recipe, parallel, codes, store, None), parallel)
         else:
-            config = recipe.config()
-            tokenizer = make_tokenizer(recipe, config, ranks.device)
-            blocks = blocks_of(tokenizer)
-            recompute(blocks, recipe.recompute)
-            parallel = parallelize(tokenizer, "training_forward", recipe, ranks, blocks)
-            pictures = _Pictures(recipe.batch, config.image_size, ranks.device)
-            held_out = HeldOutFigures(pictures.batch.images[:1], 0, out, ranks.device)
-            task = TokenizerTask(
-                recipe, parallel, pictures, held_out, lambda: pictures.batch.images
-            )
+            parallel = parallel_tokenizer(recipe, ranks)
+            pictures = _Pictures(recipe.batch, recipe.config().image_size, ranks.device)
+            images = pictures.batch.images
+            held_out = HeldOutFigures(images[:1], 0, out, ranks.device)
+            task = TokenizerTask(recipe, parallel, pictures, held_out, lambda: images)
             loop = Loop(recipe, task, parallel)
         loop.task.model.train()
         stack.callback(loop.task.batches.close)
@@ -197,7 +188,7 @@ def plain(setting: Setting) -> Iterator[Subject]:
 
 def _plain_prior(recipe: PriorRecipe, device: torch.device) -> tuple[Prior, Callable[[], Tensor]]:
     model = Prior(recipe.config(), dropout=recipe.dropout).to(device)
-    store = _store(model)
+    store = _store(model.config)
     rows = torch.arange(recipe.batch) % SAMPLES
 
     def loss() -> Tensor:

@@ -1,6 +1,6 @@
 """Pictures for training: sources by number, crops, an order without state, batches that resume."""
 
-from dar_train.data.augmentation import Augmentation, augment, augment_drawn, random_flip
+from dar_train.data.augmentation import Augmentation, augment, augment_drawn
 from dar_train.data.crops import CROPS, Square, centre_crop, cut, cut_all, random_crop, ten_crop
 from dar_train.data.loading import PictureBatch, PictureBatches, picture_batches
 from dar_train.data.memory import Pictures, load_pictures
@@ -36,7 +36,6 @@ __all__ = [
     "open_pictures",
     "picture_batches",
     "random_crop",
-    "random_flip",
     "ten_crop",
     "to_float",
     "to_uint8",

@@ -74,9 +74,3 @@ def augment_drawn(
     strength = 0.7 + 0.3 * uniform(B, 3, 1, 1)
     strength = torch.where(uniform(B, 1, 1, 1) < how.jitter, strength, 1.0)
     return 1 - ink * strength
-
-
-def random_flip(images: Tensor, generator: torch.Generator, probability: float = 0.5) -> Tensor:
-    """Each picture mirrored left to right with the given probability."""
-    draw = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
-    return torch.where(draw < probability, images.flip(-1), images)
