@@ -45,6 +45,26 @@ def test_the_whole_graph_equals_eager(tiny_pipeline, part, grad):
         torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_compiled_block_trains_on_one_picture_in_bf16(tiny_pipeline):
+    """Where sums over pictures and over patches fall together."""
+    dit = copy.deepcopy(tiny_pipeline.tokenizer.pixel_dit)
+    inputs = [x[:1] for x in INPUTS["pixel_dit"]()]
+    gradients = []
+    for compile_it in (False, True):
+        dit.zero_grad()
+        if compile_it:
+            dit.blocks[0].compile(dynamic=False)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            velocity = dit(*inputs)
+        velocity = velocity[0] if isinstance(velocity, tuple) else velocity
+        velocity.float().square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in dit.blocks[0].parameters()]))
+    assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 0.02
+
+
 LABELS, SEEDS = [2, 0, 5], [11, 7, 2**63 - 1]
 
 
