@@ -10,6 +10,7 @@ from torch import nn
 from dar_kernels import prefer
 from dar_train.data import derived_seed
 from dar_train.distributed import Ranks, joined
+from dar_train.host_memory import keep_freed_memory
 from dar_train.loop import Loop
 from dar_train.recipes import Recipe
 from dar_train.runs import begin
@@ -57,6 +58,8 @@ def train(
         torch.set_num_threads(recipe.threads)
     with attention_of(recipe), joined(recipe.device) as ranks:
         begin(recipe, ranks)
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         loop = make_loop(recipe, ranks)
         over = loop.run()
         averaged = loop.parallel.gathered(loop.ema.module)

@@ -23,6 +23,7 @@ from dar_fast.models import Prior, Tokenizer
 from dar_kernels import prefer
 from dar_train.data import PictureBatch, to_float
 from dar_train.distributed import ranks_of_environment
+from dar_train.host_memory import keep_freed_memory
 from dar_train.loop import Loop
 from dar_train.prior_loop import parallel_prior
 from dar_train.prior_task import PriorTask
@@ -131,6 +132,8 @@ def trained(setting: Setting) -> Iterator[Subject]:
         recipe = setting.recipe(out)
         stack.enter_context(attention_of(recipe))
         ranks = ranks_of_environment(torch.device(setting.device))
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         loop: Loop[Any]
         if isinstance(recipe, PriorRecipe):
             parallel = parallel_prior(recipe, ranks)
