@@ -79,7 +79,7 @@ def test_numbers_are_the_reports(folder, tmp_path) -> None:
     for said in (
         "tokenizer (9.0M parameters) and prior (6.5M) for pictures of 32×32: 64 codes",
         "4,096-entry codebook in 8 groups, 8 denoising steps, 391 labels",
-        "Training took 120 minutes on 2 threads on 2 cores of A Processor.",
+        "The runs below took 120 minutes on 2 threads on 2 cores of A Processor.",
         "7,397 emoji in four styles",
         "(193 emoji, 763 pictures)",
         "    dar train tokenizer --preset demo --minutes 60\n\n- tokenizer: 5,000 steps, 100 min",
@@ -124,6 +124,21 @@ def test_beside_an_older_report(folder, tmp_path) -> None:
     assert f"| 20 % (before {both:.0f} %) |" in text
     assert "Two calls ran on another machine." in text
     assert json.loads((out / "report.json").read_text()) == REPORT
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_older_model_by_the_same_judge_or_another(folder, tmp_path, same) -> None:
+    older = copy.deepcopy(REPORT)
+    older["classifier"]["samples"]["style"] = 0.4
+    if not same:
+        older["classifier"]["held_out"]["both"] = 0.1
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    recipe = CardRecipe(report=folder, out=tmp_path / "model", before=tmp_path / "older.json")
+    text = write_card(recipe).read_text()
+    assert "| samples, for what was asked | 50 % (before 40 %) | 30 % (before 30 %) |" in text
+    assert ("| real held-out pictures | 50 % | 30 % | 20 % |" in text) is same
+    judge = "the same judge's" if same else "that report's own judge's"
+    assert f"The figures before are {judge}." in text
 
 
 def test_less_is_said_of_a_report_with_less(folder, tmp_path) -> None:

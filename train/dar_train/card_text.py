@@ -63,7 +63,7 @@ def introduction(report: Report) -> str:
     trained = [run for run in report.get("runs", ()) if run.get("kind") in ("tokenizer", "prior")]
     minutes = [run["minutes"] for run in trained if "minutes" in run]
     if minutes:
-        text += f" Training took {sum(minutes):.0f} minutes{_on(trained)}."
+        text += f" The runs below took {sum(minutes):.0f} minutes{_on(trained)}."
     return text
 
 
@@ -75,7 +75,8 @@ def _on(runs: list[Any]) -> str:
             cores, ranks = call.get("cores"), call.get("ranks", 1)
             words = str(call["device"])
             if call.get("threads") and "cpu" == call.get("type"):
-                words = f"{call['threads']} threads on {cores} cores of {words}"
+                threads = f"{call['threads']} thread{'s' * (call['threads'] != 1)}"
+                words = f"{threads} on {cores} cores of {words}"
             words = f"{ranks} × {words}" if ranks > 1 else words
             if words not in seen:
                 seen.append(words)
@@ -202,18 +203,20 @@ def judged(report: Report, before: Report | None) -> str:
         ("samples", "samples, for what was asked"),
     )
     parts = ("style", "subgroup", "both")
+    older = look_up(before or {}, "classifier") or {}
+    same = older.get("held_out") == report["classifier"]["held_out"]
     for key, name in rows:
-        cells = [
-            _share(report["classifier"][key][part])
-            + (f" (before {_share(look_up(before, f'classifier.{key}.{part}'))})" if before else "")
-            for part in parts
-        ]
+        cells = [_share(report["classifier"][key][part]) for part in parts]
+        if key in older and not (same and key == "held_out"):
+            pairs = zip(cells, parts, strict=True)
+            cells = [f"{now} (before {_share(older[key][part])})" for now, part in pairs]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     real, samples = (report["classifier"][key]["both"] for key in ("held_out", "samples"))
     text = f"The judge itself is right in both for {_share(real)} of real held-out pictures"
     if len(styles) > 1:
         text += f"; chance is {_share(1 / len(styles))} for the style"
     text += f". Samples are at {_share(samples)}."
-    if before is not None:
-        text += " The figures before are of that report's own judge."
+    if older:
+        judge = "the same judge's" if same else "that report's own judge's"
+        text += f" The figures before are {judge}."
     return "\n".join([*lines, "", text]) + "\n"

@@ -120,6 +120,7 @@ def test_two_workers_of_a_real_ray(pictures, model_files, tmp_path, monkeypatch)
         "--", "tokenizer", "--data", str(pictures), "--out", "run", "--model",
         model_files["tokenizer"], "--steps", "3", "--minutes", "None", "--batch", "4",
         "--device", "cpu", "--eval-pictures", "2", "--workers", "0", "--rollout", "0",
+        "--warmup", "1",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
