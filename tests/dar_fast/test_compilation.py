@@ -106,6 +106,7 @@ def test_a_compiled_pipeline_draws_the_same_by_few_graphs(compiled, tiny_pipelin
         assert graphs() == 4, settings
 
 
+@pytest.mark.slow
 def test_other_batches_compile_a_bounded_number_of_times(compiled, tiny_pipeline):
     for labels in ([1], [1, 2], [1, 2, 3], [2], [2, 3]):
         for scale in (1.0, 3.0):
@@ -128,6 +129,7 @@ def test_one_prior_draws_by_its_compiled_step_unless_another_is_named(compiled, 
     assert type(plain) is PlainDecoding
 
 
+@pytest.mark.slow
 def test_compiled_models_are_saved_moved_packed_and_copied(compiled, tiny_pipeline, tmp_path):
     for part in ("prior", "tokenizer"):
         model, plain = getattr(compiled, part), getattr(tiny_pipeline, part)

@@ -53,7 +53,7 @@ def ends(model: Tokenizer, u: torch.Tensor) -> list[int]:
 
 
 @given(st.lists(TIMES, min_size=1, max_size=4), st.integers(1, 2), st.booleans())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_tokens_behind_the_drawn_groups_change_nothing(model, drawn, draws, free) -> None:
     u = torch.tensor(drawn * draws, dtype=torch.float64)
     images, noise = inputs(len(drawn), len(u))
