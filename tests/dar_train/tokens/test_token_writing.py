@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -91,6 +92,7 @@ def test_a_ten_crop_is_centre_and_corners_with_their_mirror_images(tmp_path) -> 
 def test_goes_on_where_it_stopped(tmp_path, whole, chunks, workers) -> None:
     with pytest.raises(Stopped):
         write(tmp_path, report=stop_after(chunks), workers=workers)
+    assert multiprocessing.active_children() == []
     assert len(read_progress(tmp_path)) == chunks
     counted = []
     assert write(tmp_path, report=counted.append)
@@ -234,6 +236,7 @@ def test_a_full_disk_loses_nothing(tmp_path, whole, monkeypatch) -> None:
 def test_the_first_label_out_of_range_is_named(tmp_path, workers) -> None:
     with pytest.raises(ValueError, match=r"^labels: expected 0 to 1, got 2 of picture-1$"):
         write(tmp_path, FakeSource(label=2), workers=workers)
+    assert multiprocessing.active_children() == []  # nobody waits for them later
     with pytest.raises(ValueError, match="got 0 of 12 chunks; run the same dar tokenize again"):
         open_store(tmp_path)
 

@@ -7,7 +7,8 @@ many ranks there are or where a run was killed.
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from dar_fast.checkpoint import load_model
 from dar_fast.models.tokenizer import Tokenizer
 from dar_train.data import PictureSet, ReadingError, UnreadableError, to_float
-from dar_train.data.feeds import ends, prepare_worker
+from dar_train.data.feeds import ends, prepare_worker, stop_workers
 from dar_train.data.source import check_label, check_labels
 from dar_train.distributed import Ranks
 from dar_train.tokens.manifest import Precision, Skipped, Spec, View
@@ -161,18 +162,19 @@ def write_tokens(
     writer = Writer(folder, spec, _held_out(pictures), rank=ranks.rank, world=ranks.world)
     todo = writer.remaining
     began, count, skipped = time.monotonic(), 0, 0
-    pieces = _pieces(pictures, spec, tokenizer.config.image_size, todo, ranks, workers)
-    for done, chunk in enumerate(todo, 1):
-        start, stop = spec.span(chunk)
-        codes, labels, missing = _encode(
-            tokenizer, spec, start, _until(pieces, stop - start), ranks
-        )
-        writer.write(chunk, codes, labels, missing)
-        count, skipped = count + stop - start, skipped + len(missing)
-        if report is not None:
-            seconds = time.monotonic() - began
-            encodings = count * len(spec.views)
-            report(Progress(done, len(todo), count, encodings, seconds, skipped))
+    size = tokenizer.config.image_size
+    with closing(_pieces(pictures, spec, size, todo, ranks, workers)) as pieces:
+        for done, chunk in enumerate(todo, 1):
+            start, stop = spec.span(chunk)
+            codes, labels, missing = _encode(
+                tokenizer, spec, start, _until(pieces, stop - start), ranks
+            )
+            writer.write(chunk, codes, labels, missing)
+            count, skipped = count + stop - start, skipped + len(missing)
+            if report is not None:
+                seconds = time.monotonic() - began
+                encodings = count * len(spec.views)
+                report(Progress(done, len(todo), count, encodings, seconds, skipped))
     return writer.finish()
 
 
@@ -183,7 +185,7 @@ def _pieces(
     chunks: Sequence[int],
     ranks: Ranks,
     workers: int,
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """The pictures of `chunks`, in order, read ahead by the workers."""
     spans = []
     for start, stop in map(spec.span, chunks):
@@ -200,22 +202,21 @@ def _pieces(
         worker_init_fn=prepare_worker, generator=torch.Generator(),
     )  # fmt: skip
     pieces = iter(loader)
-    while True:
-        try:
-            piece: Piece = next(pieces)
-        except StopIteration:
-            return
-        except (RuntimeError, OSError, EOFError) as error:
-            how = ends(pieces)
-            if not how:
-                raise
-            raise ReadingError(
-                f"workers: expected {workers} processes that read pictures, got {how}; out of "
-                "memory? fewer --workers need less; a rerun goes on where this one stopped"
-            ) from error
-        if piece.failure is not None:
-            raise piece.failure
-        yield piece
+    try:
+        for piece in pieces:
+            if piece.failure is not None:
+                raise piece.failure
+            yield piece
+    except (RuntimeError, OSError, EOFError) as error:
+        how = ends(pieces)
+        if not how:
+            raise
+        raise ReadingError(
+            f"workers: expected {workers} processes that read pictures, got {how}; out of "
+            "memory? fewer --workers need less; a rerun goes on where this one stopped"
+        ) from error
+    finally:
+        stop_workers(pieces)
 
 
 def _as_it_is(piece: Any) -> Any:
