@@ -52,6 +52,7 @@ def ends(model: Tokenizer, u: torch.Tensor) -> list[int]:
     return (model.drawn(u)[1] + Q).tolist()
 
 
+@pytest.mark.slow
 @given(st.lists(TIMES, min_size=1, max_size=4), st.integers(1, 2), st.booleans())
 @settings(max_examples=8, deadline=None)
 def test_tokens_behind_the_drawn_groups_change_nothing(model, drawn, draws, free) -> None:
@@ -89,6 +90,7 @@ def test_tokens_must_cover_the_draws(model, tokens) -> None:
         model.training_forward(images, torch.tensor([0.6]).double(), noise, tokens=tokens)
 
 
+@pytest.mark.slow
 @given(st.lists(TIMES, min_size=2, max_size=5), st.data())
 @settings(max_examples=15, deadline=None)
 def test_micro_batches_add_up_to_the_batch(model, drawn, data) -> None:
@@ -121,6 +123,7 @@ def test_the_alignment_head_runs_on_request(model) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
 def test_graphs_serve_every_length() -> None:
     """Two lengths may make all graphs there are: a block, and a last one, of each stack."""

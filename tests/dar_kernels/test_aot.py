@@ -73,6 +73,7 @@ def test_page_lists_the_variants_there_are():
     assert document["differences"] == [], "make aot WRITE=1"
 
 
+@pytest.mark.slow
 def test_spills_large_blocks_and_broken_kernels_fail(tmp_path):
     (tmp_path / "bad.py").write_text(BAD)
     paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]

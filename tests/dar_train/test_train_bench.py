@@ -58,6 +58,7 @@ def test_both_hold_the_same_model() -> None:
         assert all(mine[name].shape == other[name].shape for name in mine)
 
 
+@pytest.mark.slow
 def test_the_document(monkeypatch) -> None:
     monkeypatch.setattr(module, "WARM", 1)
     said: list[str] = []
@@ -74,6 +75,7 @@ def test_the_document(monkeypatch) -> None:
     assert any("images a second" in line for line in lines_of(document))
 
 
+@pytest.mark.slow
 def test_a_plain_loop_that_fails_leaves_its_cells_empty(monkeypatch) -> None:
     real = module.Worker
 
